@@ -1,0 +1,120 @@
+"""The ``acdc-cpu`` table: methods x labeled patients x seeds on real ACDC scans, one thread per run.
+
+    python benchmarks/acdc_cpu.py DATASET --runs runs/acdc-cpu --out benchmarks/results/acdc-cpu.json
+
+Every cell is a run folder; finished cells are not trained again, an interrupted one is resumed, so the list can be
+stopped and started at will, also by two processes at once (``--share 0/2`` and ``--share 1/2``). Seeds are named on
+the command line before anything is trained and none is left out. The last iteration is evaluated on ``val``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from _common import write_result
+from scantly.training.resolve import resolve
+from scantly.training.run import Run
+from scantly.training.train import train_config
+
+
+def cells(arguments: argparse.Namespace) -> list[tuple[str, str, int]]:
+    """(method, labeled, seed) in the order in which they are trained: one seed after the other."""
+    return [
+        (method, labeled, seed)
+        for seed, labeled, method in itertools.product(
+            arguments.seeds, arguments.labeled, arguments.methods
+        )
+        if not (labeled == "all" and method != "supervised")
+    ]
+
+
+def train_cell(arguments: argparse.Namespace, method: str, labeled: str, seed: int) -> None:
+    """Train and evaluate one cell unless that is done."""
+    folder = arguments.runs / f"{method}-{labeled}-{seed}"
+    run = Run(folder)
+    if (folder / "evaluation" / "val.json").is_file():
+        return
+    flags = {
+        "method": method,
+        "labeled": None if labeled == "all" else labeled,
+        "seed": seed,
+        "device": "cpu",
+    }
+    config = resolve(arguments.dataset, recipe=arguments.recipe, flags=flags, sets=arguments.set)
+    started = time.process_time()
+    train_config(config, folder, resume=True, quiet=True)
+    (folder / "cpu_seconds").write_text(f"{time.process_time() - started:.0f}\n")
+    run.evaluate("val")
+    print(f"{folder.name}: {run.summary('val')['overall']['dice']['mean']:.4f}", flush=True)
+
+
+def collect(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Means of every finished cell, and over the seeds."""
+    rows = []
+    for method, labeled, seed in cells(arguments):
+        folder = arguments.runs / f"{method}-{labeled}-{seed}"
+        if not (folder / "evaluation" / "val.json").is_file():
+            continue
+        summary = Run.open(folder).summary("val")
+        rows.append(
+            {
+                "method": method,
+                "labeled": labeled,
+                "seed": seed,
+                "dice": summary["overall"]["dice"]["mean"],
+                **{f"dice {name}": row["dice"]["mean"] for name, row in summary["classes"].items()},
+                "hd95_voxels": summary["overall"]["hd95_voxels"]["mean"],
+                "missed": summary["overall"]["missed"],
+                "spurious": summary["overall"]["spurious"],
+                "cpu_seconds": int((folder / "cpu_seconds").read_text()),
+            }
+        )
+    over_seeds = []
+    for labeled, method in itertools.product(arguments.labeled, arguments.methods):
+        found = [row for row in rows if (row["method"], row["labeled"]) == (method, labeled)]
+        if found:
+            mean = {
+                key: statistics.fmean(row[key] for row in found) for key in found[0] if key.startswith("dice")
+            }
+            spread = statistics.stdev(row["dice"] for row in found) if len(found) > 1 else None
+            over_seeds.append(
+                {"method": method, "labeled": labeled, "seeds": len(found), **mean, "std over seeds": spread}
+            )
+    return {"cells": rows, "over_seeds": over_seeds}
+
+
+def main() -> None:
+    """Train what is missing, then write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("dataset", type=Path)
+    parser.add_argument("--runs", type=Path, required=True, help="folder of the run folders")
+    parser.add_argument("--out", type=Path, help="JSON file of the table")
+    parser.add_argument("--recipe", default="acdc-cpu")
+    parser.add_argument("--methods", nargs="+", default=["supervised", "mean_teacher"])
+    parser.add_argument(
+        "--labeled", nargs="+", default=["3", "7", "all"], help="patients; 'all' is supervised only"
+    )
+    parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--set", nargs="+", default=[], help="settings for every cell")
+    parser.add_argument("--share", default="0/1", help="this process's share of the cells, for instance 0/2")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    part, parts = map(int, arguments.share.split("/"))
+    for method, labeled, seed in cells(arguments)[part::parts]:
+        train_cell(arguments, method, labeled, seed)
+    table = collect(arguments)
+    for row in table["over_seeds"]:
+        print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
+    if arguments.out:
+        write_result(arguments.out, {"recipe": arguments.recipe, "split": "val", **table})
+
+
+if __name__ == "__main__":
+    main()

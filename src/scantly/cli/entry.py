@@ -1,0 +1,82 @@
+"""The entry point: arguments made ready for the parser, errors turned into sentences and exit statuses."""
+
+from __future__ import annotations
+
+import errno
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from types import TracebackType
+
+from typer.main import get_command
+
+from scantly.cli.app import app
+from scantly.cli.arguments import join_values, take_debug
+from scantly.cli.output import log_to_stderr, warn
+from scantly.errors import ScantlyError
+
+__all__ = ["main"]
+
+_USER_FAULT = 2
+_OF_THE_SYSTEM = {
+    errno.EACCES: "check its permissions",
+    errno.EPERM: "check its permissions",
+    errno.EROFS: "choose a place that can be written",
+    errno.ENOENT: "check the path",
+    errno.ENOTDIR: "check the path",
+    errno.EISDIR: "check the path",
+    errno.EEXIST: "choose another path",
+    errno.ENAMETOOLONG: "choose a shorter path",
+    errno.ENOSPC: "free space on the disk",
+    errno.EDQUOT: "free space within your quota",
+    errno.EFBIG: "raise the limit on file sizes or choose another disk",
+    errno.EMFILE: "raise the limit on open files (ulimit -n)",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        arguments: Words after ``scantly``; ``None``: those of the process.
+
+    Raises:
+        SystemExit: always. Status 0; 2 for what the user can mend. An exception that no user can mend passes
+            through; the interpreter then prints a request to report it and exits with status 1.
+    """
+    words, debug = take_debug(sys.argv[1:] if arguments is None else arguments)
+    if not debug:
+        sys.excepthook = _report_fault
+    with log_to_stderr(), warnings.catch_warnings():
+        if not debug and not sys.warnoptions:
+            warnings.simplefilter("ignore")  # libraries' advice to programmers; ours goes through the logger
+        try:
+            get_command(app).main(join_values(words), prog_name="scantly")
+        except ScantlyError as error:
+            _refuse(str(error), debug=debug)
+        except OSError as error:
+            if error.errno not in _OF_THE_SYSTEM:
+                raise
+            place = error.filename or "a file"
+            _refuse(f"cannot use {place}: {error.strerror}; {_OF_THE_SYSTEM[error.errno]}.", debug=debug)
+
+
+def _refuse(sentence: str, *, debug: bool) -> None:
+    if debug:
+        traceback.print_exc()
+    warn(sentence)
+    sys.exit(_USER_FAULT)
+
+
+def _report_fault(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:  # pragma: no cover (runs while the interpreter ends; tested in a process of its own)
+    if issubclass(kind, KeyboardInterrupt):
+        sys.__excepthook__(kind, error, trace)
+        return
+    reason = " ".join(str(error).split()) or "no message"
+    warn(
+        f"this is a fault of Scantly, not of your input: {kind.__name__}: {reason}. Run the same command "
+        "with --debug to see the traceback, and please report it with that."
+    )

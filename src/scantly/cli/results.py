@@ -1,0 +1,206 @@
+"""``scantly predict``, ``scantly evaluate`` and ``scantly compare``."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Hashable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from scantly.cli.output import progress, say, say_json, say_table, say_wrapped
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+    from scantly.evaluation import Definition
+
+__all__ = ["compare", "evaluate", "predict", "say_comparison"]
+
+_SHOWN = ("dice", "jaccard", "hd95_voxels", "asd_voxels", "hd95_mm", "asd_mm")
+
+
+def predict(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or a model.safetensors.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Scans, or folders of scans.")],
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the label maps.")],
+    uncertainty: Annotated[
+        bool,
+        typer.Option("--uncertainty", help="Also write <case>_uncertainty: entropy from 0 (certain) to 1."),
+    ] = False,
+    device: Annotated[
+        str, typer.Option("--device", metavar="auto|cpu|cuda", help="auto: a GPU where there is one.")
+    ] = "auto",
+) -> None:
+    """Segment scans.
+
+    The label maps have exactly the geometry and the file type of their inputs.
+    """
+    from scantly.inference.predict import predict as predict_files
+
+    with progress("predicting") as report:
+        written = predict_files(run, inputs, out, uncertainty=uncertainty, device=device, progress=report)
+    say(f"{len(written)} label map{'' if len(written) == 1 else 's'} written to {out}")
+
+
+def evaluate(
+    run: Annotated[Path | None, typer.Argument(metavar="RUN", help="A finished run.")] = None,
+    *,
+    split: Annotated[
+        str | None,
+        typer.Option("--split", metavar="val|test", help="Default: test where there is one, else val."),
+    ] = None,
+    predictions: Annotated[
+        Path | None, typer.Option("--predictions", metavar="DIR", help="Label maps of any origin.")
+    ] = None,
+    labels: Annotated[
+        Path | None, typer.Option("--labels", metavar="DIR", help="Reference label maps of the same names.")
+    ] = None,
+    device: Annotated[
+        str | None, typer.Option("--device", metavar="auto|cpu|cuda", help="auto: a GPU where there is one.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Score a run, or label maps of any origin.
+
+    A run is scored on its validation or test cases, other label maps against references of the same names
+    (class names come from a dataset.json beside the folder of references).
+    Dice, Jaccard, HD95, ASD and more per case and class, in voxels and mm; missed and spurious structures are
+    counted and never flatter.
+    """
+    from scantly.errors import ConfigError
+
+    given = {
+        "RUN": run,
+        "--split": split,
+        "--device": device,
+        "--predictions": predictions,
+        "--labels": labels,
+    }
+    named = {name for name, value in given.items() if value is not None}
+    place = None
+    if predictions is not None and labels is not None and named == {"--predictions", "--labels"}:
+        from scantly.data.layout import describe
+        from scantly.training.evaluate import evaluate_folders
+
+        described = describe(labels.parent)[0]
+        summary = evaluate_folders(predictions, labels, classes=described.classes if described else None)[1]
+    elif run is not None and not named & {"--predictions", "--labels"}:
+        from scantly.training.evaluate import evaluate_run
+        from scantly.training.run import Run
+
+        opened = Run.open(run)
+        summary = evaluate_run(opened, split, device=device or "auto")
+        place = opened.folder / "evaluation" / f"{summary['split']}.csv"
+    else:
+        raise ConfigError(
+            "evaluate takes a RUN (with --split), or --predictions and --labels together, nothing else; "
+            f"got {' and '.join(name for name in given if name in named) or 'neither'}."
+        )
+    if json:
+        say_json(summary)
+        return
+    _say_summary(summary)
+    if place is not None:
+        say(f"per case: {place}")
+
+
+def _say_summary(summary: Mapping[str, Any]) -> None:
+    definitions = _definitions()
+    rows = [_row(name, scores) for name, scores in summary["classes"].items()]
+    rows.append(_row("mean over classes", {**summary["overall"], "averaged": None}))
+    about = [str(summary[key]) for key in ("method", "split") if key in summary]
+    title = " on ".join(about) or "predictions"
+    say_table(
+        ["class", *_heads(definitions), "n", "missed", "spurious"],
+        rows,
+        title=f"{title}: {summary['overall']['cases']} cases, protocol {summary['protocol']}",
+    )
+    say("Mean ± standard deviation over cases. n: cases in the means; missed, spurious: structures that only")
+    say("the reference or only the prediction has.")
+    _say_definitions(definitions)
+    say_wrapped(f"Empty masks: {summary['empty_masks']}")
+
+
+def _definitions() -> dict[str, Definition]:
+    from scantly.evaluation import DEFINITIONS
+
+    return {metric: DEFINITIONS[metric] for metric in _SHOWN}
+
+
+def _heads(definitions: Mapping[str, Definition]) -> list[str]:
+    return [d.title if d.unit == "1" else f"{d.title} ({d.unit})" for d in definitions.values()]
+
+
+def _say_definitions(definitions: Mapping[str, Definition]) -> None:
+    for head, definition in zip(_heads(definitions), definitions.values(), strict=True):
+        say_wrapped(f"{head}: {definition.text}")
+
+
+def _row(name: str, scores: Mapping[str, Any]) -> list[str]:
+    cells = [_mean(scores[metric]["mean"], scores[metric]["std_over_cases"], metric) for metric in _SHOWN]
+    counts = ["" if scores[key] is None else str(scores[key]) for key in ("averaged", "missed", "spurious")]
+    return [name, *cells, *counts]
+
+
+def _mean(mean: float | None, deviation: float | None, metric: str) -> str:
+    if mean is None:
+        return "-"
+    places = 3 if metric in {"dice", "jaccard"} else 2
+    return f"{mean:.{places}f}" + ("" if deviation is None else f" ± {deviation:.{places}f}")
+
+
+def compare(
+    runs: Annotated[list[Path], typer.Argument(metavar="RUN", help="Evaluated runs.")],
+    out: Annotated[Path, typer.Option("--out", metavar="FILE", help="The report, one HTML page.")] = Path(
+        "report.html"
+    ),
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
+) -> None:
+    """Compare runs on one HTML page.
+
+    Tables, paired statistics, plots, example slices and configurations. Evaluate the runs first.
+    """
+    from scantly.report import compare as write_report
+    from scantly.report import comparison_table
+    from scantly.training.run import Run
+
+    opened = [Run.open(folder) for folder in runs]
+    report = write_report(opened, out)
+    table = comparison_table(opened)
+    if json:
+        say_json({"report": str(report), "table": [_without_nan(row) for row in table.to_dict("records")]})
+        return
+    _say_comparison(table)
+    say(f"report: {report}")
+
+
+def say_comparison(runs: Sequence[Path]) -> None:
+    """Print the table of several evaluated runs."""
+    from scantly.report import comparison_table
+    from scantly.training.run import Run
+
+    _say_comparison(comparison_table([Run.open(folder) for folder in runs]))
+
+
+def _say_comparison(table: pd.DataFrame) -> None:
+    definitions = _definitions()
+    for (protocol, split), part in table.groupby(["protocol", "split"], sort=False):
+        rows = []
+        for record in part.to_dict("records"):
+            row = _without_nan(record)
+            cells = [_mean(row[metric], row[f"{metric}_std_over_cases"], metric) for metric in _SHOWN]
+            counts = [str(row[key]) for key in ("seeds", "cases", "missed", "spurious")]
+            rows.append([str(row["method"]), str(row["class"]), *cells, *counts])
+        heads = ["method", "class", *_heads(definitions), "seeds", "cases", "missed", "spurious"]
+        say_table(heads, rows, title=f"{split} cases, protocol {protocol}", text_columns=2)
+    say("Mean ± standard deviation over cases; missed and spurious structures are counted over all seeds.")
+    _say_definitions(definitions)
+
+
+def _without_nan(row: Mapping[Hashable, Any]) -> dict[str, Any]:
+    return {
+        str(key): None if isinstance(value, float) and math.isnan(value) else value
+        for key, value in row.items()
+    }

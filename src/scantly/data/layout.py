@@ -1,0 +1,296 @@
+"""The dataset folder: nnU-Net's raw layout, in which a case without a label file is unlabeled.
+
+::
+
+    dataset.json                       channel_names, labels, file_ending (nnU-Net version 2)
+    imagesTr/<case>_0000<ending>       one file per channel
+    labelsTr/<case><ending>            for the labeled cases
+    imagesTs/, labelsTs/               test cases, optional
+    splits.json                        optional, see scantly.data.splits
+
+Color PNG and TIFF files may hold three channels in one file. Hidden files are passed over. Here the folder is
+read as far as it goes, with every fault found; :class:`scantly.data.dataset.Dataset` is the sound folder.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from scantly import imaging
+from scantly.errors import ConfigError
+from scantly.files import read_json
+
+__all__ = ["Case", "Description", "Fault", "Scan", "describe", "files_of", "scan", "visible"]
+
+_CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One scan: its name, one file per channel, and its annotation's file (None: unlabeled)."""
+
+    name: str
+    images: tuple[Path, ...]
+    label: Path | None
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Something wrong with the folder: a word for machines, the file, a sentence that says what to do."""
+
+    code: str
+    file: str
+    message: str
+    fatal: bool = True
+
+
+@dataclass(frozen=True)
+class Description:
+    """What ``dataset.json`` says: names of channels and of classes (index = value), and the file ending."""
+
+    name: str
+    channels: tuple[str, ...]
+    classes: tuple[str, ...]
+    file_ending: str
+    info: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Scan:
+    """What the folders hold, with every fault found on the way.
+
+    Attributes:
+        train: Cases of ``imagesTr`` by name, in order of name.
+        test: Cases of ``imagesTs``.
+        faults: What is wrong; those that are not ``fatal`` leave the rest usable.
+    """
+
+    train: Mapping[str, Case]
+    test: Mapping[str, Case]
+    faults: tuple[Fault, ...]
+
+
+def describe(root: Path) -> tuple[Description | None, list[Fault]]:
+    """Read and check ``dataset.json``.
+
+    Returns:
+        What it says, or None if it cannot be used; then every reason, one sentence each.
+    """
+    path = root / "dataset.json"
+    if not root.is_dir():
+        return None, [Fault("no_folder", str(root), f"{root} is not a folder; give the dataset's folder.")]
+    if not any(not entry.name.startswith(".") for entry in root.iterdir()):
+        return None, [
+            Fault(
+                "empty_folder",
+                str(root),
+                f"{root} is empty; make a dataset folder with scantly init {root} --images DIR --labels DIR.",
+            )
+        ]
+    if not path.is_file():
+        return None, [
+            Fault(
+                "no_description",
+                str(path),
+                f"{root} has no dataset.json, so it is not a dataset folder; make one from bare folders "
+                "of scans with scantly init.",
+            )
+        ]
+    try:
+        info = read_json(path)
+    except ConfigError as error:
+        return None, [Fault("description", str(path), str(error))]
+    if not isinstance(info, dict):
+        return None, [
+            Fault("description", str(path), f"{path} holds no JSON object; write it as nnU-Net does.")
+        ]
+    return _interpret(info, path)
+
+
+def _interpret(info: dict[str, Any], path: Path) -> tuple[Description | None, list[Fault]]:
+    sentences: list[str] = []
+    channels = _channels(info, sentences)
+    classes = _classes(info, sentences)
+    ending = info.get("file_ending")
+    if ending not in imaging.ENDINGS:
+        sentences.append(
+            f'"file_ending" is {ending!r}, which cannot be read; use one of {", ".join(imaging.ENDINGS)}, '
+            "converting the files if need be."
+        )
+    if sentences:
+        return None, [Fault("description", str(path), f"{path}: {sentence}") for sentence in sentences]
+    name = info.get("name")
+    return Description(
+        name=name if isinstance(name, str) and name else path.parent.resolve().name,
+        channels=channels,
+        classes=classes,
+        file_ending=str(ending),
+        info=info,
+    ), []
+
+
+def _channels(info: dict[str, Any], sentences: list[str]) -> tuple[str, ...]:
+    names = info.get("channel_names")
+    if not isinstance(names, dict) or not names:
+        old = ' (nnU-Net version 1 calls it "modality": rename it)' if "modality" in info else ""
+        sentences.append(f'"channel_names" is missing{old}; write for instance {{"0": "MR"}}.')
+        return ()
+    if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
+        sentences.append(
+            f'"channel_names" has the keys {", ".join(map(str, names))}; '
+            "number the channels from 0 without gaps."
+        )
+        return ()
+    return tuple(str(names[key]) for key in sorted(names, key=int))
+
+
+def _classes(info: dict[str, Any], sentences: list[str]) -> tuple[str, ...]:
+    labels = info.get("labels")
+    if not isinstance(labels, dict) or not labels:
+        sentences.append('"labels" is missing; write for instance {"background": 0, "heart": 1}.')
+        return ()
+    values: dict[int, str] = {}
+    for name, value in labels.items():
+        number = _whole(value)
+        if number is None or number in values or name == "ignore":
+            sentences.append(_label_sentence(str(name), value, values))
+            return ()
+        values[number] = str(name)
+    if sorted(values) != list(range(len(values))) or len(values) < 2:
+        sentences.append(
+            f'"labels" has the values {", ".join(map(str, sorted(values)))}; they must run from 0 '
+            "(background) without gaps and name at least one structure: "
+            "renumber the label files, as scantly init does."
+        )
+        return ()
+    return tuple(values[number] for number in range(len(values)))
+
+
+def _label_sentence(name: str, value: Any, earlier: Mapping[int, str]) -> str:
+    if name == "ignore":
+        return '"labels" has "ignore", which is not supported; label those voxels or leave the case out.'
+    if isinstance(value, list):
+        return (
+            f'"labels" makes {name!r} a region of several values, which is not supported; give it one value.'
+        )
+    number = _whole(value)
+    if number is not None:
+        return (
+            f'"labels" gives the value {number} to both {earlier[number]!r} and {name!r}; number them apart.'
+        )
+    old = "version 1 of nnU-Net has them the other way round: " if _whole(name) is not None else ""
+    return f'"labels" gives {name!r} the value {value!r}, which is no whole number; {old}write name: value.'
+
+
+def _whole(value: Any) -> int | None:
+    if isinstance(value, bool):
+        return None
+    if isinstance(value, int):
+        return value
+    return int(value) if isinstance(value, str) and re.fullmatch(r"\d{1,6}", value) else None
+
+
+def scan(root: Path, ending: str, *, channels: int | None) -> Scan:
+    """List the cases of a dataset folder; no file is opened.
+
+    Args:
+        root: The folder.
+        ending: File ending of scans and labels.
+        channels: How many a case has; None if that is not known.
+
+    Returns:
+        All cases that have a channel 0, and every fault.
+    """
+    faults: list[Fault] = []
+    train = _scan_part(root / "imagesTr", root / "labelsTr", ending, channels, faults)
+    test = _scan_part(root / "imagesTs", root / "labelsTs", ending, channels, faults)
+    if not train:
+        folder = root / "imagesTr"
+        faults.insert(
+            0,
+            Fault(
+                "no_images",
+                str(folder),
+                f"{folder} holds no scans named <case>_0000{ending}; put them there.",
+            ),
+        )
+    for name in train.keys() & test.keys():
+        path = test[name].images[0]
+        faults.append(
+            Fault("name_twice", str(path), f"{path}: a case '{name}' is in imagesTr too; rename one of them.")
+        )
+    return Scan(train, test, tuple(faults))
+
+
+def visible(folder: Path) -> Iterator[Path]:
+    """Entries of a folder in order of name, without hidden ones (``.DS_Store``, macOS's ``._`` files)."""
+    if folder.is_dir():
+        yield from sorted(path for path in folder.iterdir() if not path.name.startswith("."))
+
+
+def _scan_part(
+    images: Path, labels: Path, ending: str, channels: int | None, faults: list[Fault]
+) -> dict[str, Case]:
+    files: dict[str, dict[int, Path]] = {}
+    for path in visible(images):
+        match = _CHANNEL.fullmatch(path.name.removesuffix(ending)) if path.name.endswith(ending) else None
+        if match is None or path.is_dir():
+            faults.append(_stray(path, f"<case>_0000{ending}"))
+            continue
+        files.setdefault(match["case"], {})[int(match["channel"])] = path
+    found: dict[str, Path] = {}
+    for path in visible(labels):
+        if path.name.endswith(ending) and path.name != ending and not path.is_dir():
+            found[path.name.removesuffix(ending)] = path
+        else:
+            faults.append(_stray(path, f"<case>{ending}"))
+    for name in sorted(found.keys() - files.keys()):
+        message = (
+            f"{found[name]} has no scan {name}_0000{ending} in {images.name}; "
+            "rename it to its scan or move it away."
+        )
+        faults.append(Fault("label_without_image", str(found[name]), message))
+    cases = {}
+    for name in sorted(files):
+        faults.extend(_channel_faults(name, files[name], images, ending, channels))
+        paths = tuple(path for _, path in sorted(files[name].items()))
+        cases[name] = Case(name, paths, found.get(name))
+    return cases
+
+
+def files_of(channels: int, path: Path) -> int:
+    """Fewest files that a case of so many channels may have: color pictures hold three in one."""
+    return 1 if channels == 3 and path.suffix.lower() in (".png", ".tif", ".tiff") else channels
+
+
+def _stray(path: Path, pattern: str) -> Fault:
+    message = f"{path} is not named {pattern}, so it is not used; rename it or move it away."
+    return Fault("stray_file", str(path), message, fatal=False)
+
+
+def _channel_faults(
+    name: str, files: Mapping[int, Path], images: Path, ending: str, channels: int | None
+) -> Iterator[Fault]:
+    if channels is None:
+        expected = range(len(files))
+    else:
+        path = images / f"{name}_0000{ending}"
+        expected = range(1 if set(files) == {0} and files_of(channels, path) == 1 else channels)
+    for channel in itertools.islice((c for c in expected if c not in files), 8):
+        path = images / f"{name}_{channel:04d}{ending}"
+        message = (
+            f"{path} is missing: case {name} has channels {', '.join(map(str, sorted(files)))}, "
+            f"dataset.json names {channels}; add the file or take the case out."
+        )
+        yield Fault("missing_channel", str(path), message)
+    for channel in sorted(set(files) - set(expected)):
+        message = (
+            f"{files[channel]} is channel {channel}, but dataset.json names {channels or len(files)} "
+            "(from 0); name it under channel_names or move it away."
+        )
+        yield Fault("extra_channel", str(files[channel]), message)

@@ -1,0 +1,66 @@
+"""Errors that a user can act on.
+
+Every error that a user can cause derives from :class:`ScantlyError`. Its message is one sentence (or one
+per fault found) that names the thing, the value received and the cure. The command line prints it without
+a traceback and exits with status 2.
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+__all__ = [
+    "ConfigError",
+    "DatasetError",
+    "DeviceError",
+    "ImageError",
+    "RunError",
+    "ScantlyError",
+    "unknown_name",
+]
+
+
+class ScantlyError(Exception):
+    """Base of all errors that the user can mend; the message says how."""
+
+
+class ImageError(ScantlyError):
+    """A scan or label file that cannot be read, written or used."""
+
+
+class DatasetError(ScantlyError):
+    """A dataset folder, split or prepared store that does not hold what it should."""
+
+
+class ConfigError(ScantlyError):
+    """A setting, name or combination of options that does not exist or does not fit."""
+
+
+class RunError(ScantlyError):
+    """A run folder that cannot be written, resumed, read or compared."""
+
+
+class DeviceError(ScantlyError):
+    """A device or precision that is not there, or has too little memory for what was asked."""
+
+
+def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:
+    """Sentence for a name that is not known, with the nearest known one.
+
+    Args:
+        kind: What the name should have been, for instance ``"method"``.
+        name: The name received.
+        known: All names that exist.
+
+    Returns:
+        For instance ``unknown method 'mean_techer'; did you mean 'mean_teacher'? Known: ...``.
+
+    Example:
+        >>> unknown_name("method", "mean_techer", ["supervised", "mean_teacher"])
+        "unknown method 'mean_techer'; did you mean 'mean_teacher'? Known: mean_teacher, supervised."
+    """
+    names = sorted(known)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.5)
+    hint = f" did you mean '{near[0]}'?" if near else ""
+    return f"unknown {kind} '{name}';{hint} Known: {', '.join(names) or 'none'}."

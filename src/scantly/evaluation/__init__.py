@@ -1,0 +1,65 @@
+"""How good segmentations are: metrics, per-case tables, and statistics between methods."""
+
+from scantly.evaluation.masks import Status
+from scantly.evaluation.metrics import (
+    CONVENTIONS,
+    TOLERANCE_MM,
+    TOLERANCE_VOXELS,
+    Convention,
+    Row,
+    asd,
+    assd,
+    dice,
+    dice_per_class,
+    hd95,
+    jaccard,
+    nsd,
+    score_case,
+    surface_distances,
+)
+from scantly.evaluation.statistics import bootstrap_interval, compare_methods, holm, wilcoxon_p
+from scantly.evaluation.surfaces import SurfaceDistances, image_diagonal
+from scantly.evaluation.tables import (
+    COUNTS,
+    DEFINITIONS,
+    Definition,
+    aggregate_seeds,
+    case_means,
+    load_table,
+    make_table,
+    save_table,
+    summarize,
+)
+
+__all__ = [
+    "CONVENTIONS",
+    "COUNTS",
+    "DEFINITIONS",
+    "TOLERANCE_MM",
+    "TOLERANCE_VOXELS",
+    "Convention",
+    "Definition",
+    "Row",
+    "Status",
+    "SurfaceDistances",
+    "aggregate_seeds",
+    "asd",
+    "assd",
+    "bootstrap_interval",
+    "case_means",
+    "compare_methods",
+    "dice",
+    "dice_per_class",
+    "hd95",
+    "holm",
+    "image_diagonal",
+    "jaccard",
+    "load_table",
+    "make_table",
+    "nsd",
+    "save_table",
+    "score_case",
+    "summarize",
+    "surface_distances",
+    "wilcoxon_p",
+]

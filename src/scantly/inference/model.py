@@ -1,0 +1,114 @@
+"""The model file: weights and everything needed to predict with them, without pickle."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from scantly.data.plan import Plan
+from scantly.errors import RunError
+from scantly.files import atomic_path
+from scantly.methods import catalogue
+from scantly.methods.base import Task
+from scantly.settings import parse
+
+__all__ = ["FORMAT_VERSION", "Model", "load_model", "save_model"]
+
+FORMAT_VERSION = 1
+_KEY = "scantly"
+
+
+@dataclass(frozen=True)
+class Model:
+    """A predictor and how its inputs are prepared.
+
+    Attributes:
+        network: Images ``(B, C, *spatial)`` -> logits ``(B, classes, *spatial)``, in evaluation mode.
+        task: Classes, channels, dimensions, patch.
+        plan: How scans are prepared.
+        method: Catalogue name of the method that trained it.
+        configuration: The method's settings.
+    """
+
+    network: nn.Module
+    task: Task
+    plan: Plan
+    method: str
+    configuration: Mapping[str, Any]
+
+
+def save_model(
+    path: Path,
+    weights: Mapping[str, Tensor],
+    *,
+    task: Task,
+    plan: Plan,
+    method: str,
+    configuration: Mapping[str, Any],
+) -> None:
+    """Write ``model.safetensors``, atomically.
+
+    The metadata is one JSON text under one key, without time or path, so equal runs give equal bytes.
+
+    Args:
+        path: File to write.
+        weights: ``state_dict`` of the predictor.
+        task: The task.
+        plan: The plan.
+        method: Catalogue name.
+        configuration: The method's settings.
+    """
+    from safetensors.torch import save
+
+    content = {
+        "format": FORMAT_VERSION,
+        "task": task.to_dict(),
+        "plan": plan.model_dump(mode="json"),
+        "method": method,
+        "configuration": dict(configuration),
+    }
+    tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
+    data = save(tensors, metadata={_KEY: json.dumps(content, sort_keys=True)})
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(data)
+
+
+def load_model(path: Path) -> Model:
+    """Read ``model.safetensors``; nothing else of the run folder is needed.
+
+    Args:
+        path: The file, or the run folder that holds it.
+
+    Raises:
+        RunError: if it is missing, damaged, of a newer format, or does not fit the network it names.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    file = path / "model.safetensors" if path.is_dir() else path
+    if not file.is_file():
+        raise RunError(f"{file} does not exist; the training has not finished, continue it with --resume.")
+    try:
+        with safe_open(str(file), framework="pt") as stream:
+            content = json.loads((stream.metadata() or {})[_KEY])
+            weights = {key: stream.get_tensor(key) for key in stream.keys()}  # noqa: SIM118
+    except (SafetensorError, KeyError, json.JSONDecodeError, OSError) as error:
+        raise RunError(f"{file} is damaged or was not written by Scantly ({error}); train or copy it again.") from error
+    if content["format"] > FORMAT_VERSION:
+        raise RunError(
+            f"{file} has format {content['format']}, this Scantly reads up to {FORMAT_VERSION}; update Scantly."
+        )
+    task = Task.from_dict(content["task"])
+    plan = parse(Plan, content["plan"], where=f"{file}: plan")
+    method = catalogue.load(content["method"])
+    network = method(task, parse(method.Config, content["configuration"], where=f"{file}: method")).predictor
+    try:
+        network.load_state_dict(weights, strict=True)
+    except RuntimeError as error:
+        raise RunError(f"{file} does not fit its own network description ({error}).") from error
+    network.requires_grad_(False).eval()
+    return Model(network, task, plan, content["method"], content["configuration"])

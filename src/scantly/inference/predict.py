@@ -1,0 +1,226 @@
+"""Predict scans: files, folders or the cases of a dataset, in the geometry of their inputs."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from scantly.data.plan import Plan
+from scantly.data.prepare import Record, prepare, restore, restore_label
+from scantly.errors import DeviceError, ImageError
+from scantly.imaging import ENDINGS, Geometry, file_ending, read_image, stem, write_label, write_scalar
+from scantly.inference.model import Model, load_model
+from scantly.inference.windows import entropy, predict_array
+
+__all__ = [
+    "Prediction",
+    "Predictor",
+    "find_inputs",
+    "label_on_original_grid",
+    "predict",
+    "select_device",
+    "write_prediction",
+]
+
+_CHANNEL = re.compile(r"_(\d{4})$")
+
+
+def select_device(name: str) -> torch.device:
+    """``auto`` takes a GPU where there is one.
+
+    Raises:
+        DeviceError: for ``cuda`` without a usable GPU.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise DeviceError("device 'cuda' was asked for, but PyTorch sees no GPU; use --device cpu or auto.")
+    return torch.device(name)
+
+
+def label_on_original_grid(probs: np.ndarray, record: Record, plan: Plan) -> np.ndarray:
+    """Class indices on the scan's own grid.
+
+    Where the plan resamples by nearest neighbor (the literature's ACDC preparation), the most probable class
+    is taken first and the label map resized, as published; else probabilities are resampled first.
+
+    Args:
+        probs: ``(classes, D, H, W)`` in prepared space.
+        record: What the preparation did to this scan.
+        plan: The plan.
+
+    Returns:
+        ``(D, H, W)`` of the original scan, unsigned integers.
+    """
+    if plan.interpolation == "nearest":
+        return restore_label(probs.argmax(0).astype(np.uint8), record, plan)
+    return restore(probs, record, plan).argmax(0).astype(np.uint8)
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Labels and, if asked for, uncertainty of one scan, on its own grid.
+
+    Attributes:
+        labels: ``(D, H, W)``, class indices.
+        uncertainty: ``(D, H, W)``, entropy of the class probabilities over ``ln C``, in [0, 1].
+        geometry: Of the input.
+    """
+
+    labels: np.ndarray
+    uncertainty: np.ndarray | None
+    geometry: Geometry
+
+
+class Predictor:
+    """A model on a device.
+
+    Args:
+        model: From :func:`~scantly.inference.model.load_model`.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    def __init__(self, model: Model, *, device: str = "auto") -> None:
+        self.model = model
+        self.device = select_device(device)
+        model.network.to(self.device)
+
+    @classmethod
+    def load(cls, path: str | Path, *, device: str = "auto") -> Predictor:
+        """From ``model.safetensors`` or the folder that holds it."""
+        return cls(load_model(Path(path)), device=device)
+
+    def predict(self, images: Sequence[Path], *, uncertainty: bool = False) -> Prediction:
+        """Predict one scan.
+
+        Args:
+            images: One file per channel.
+            uncertainty: Compute the entropy too.
+
+        Raises:
+            ImageError: if a file cannot be read or the number of channels does not fit the model.
+        """
+        plan, task = self.model.plan, self.model.task
+        image = read_image(images)
+        if image.array.shape[0] != task.channels:
+            raise ImageError(
+                f"{images[0]} has {image.array.shape[0]} channel(s), the model was trained on {task.channels}; "
+                "give all channels as <case>_0000, <case>_0001, ..."
+            )
+        prepared, record = prepare(image, plan)
+        probs = predict_array(
+            self.model.network,
+            prepared,
+            spatial_dims=plan.spatial_dims,
+            patch_size=plan.patch_size,
+            device=self.device,
+        )
+        labels = label_on_original_grid(probs, record, plan)
+        spread = entropy(restore(probs, record, plan)) if uncertainty else None
+        return Prediction(labels, spread, image.geometry)
+
+
+def find_inputs(inputs: Iterable[str | Path], *, channels: int) -> dict[str, tuple[Path, ...]]:
+    """Scans by name from files and folders; channels are told by ``_0000``, ``_0001`` at the end of the name.
+
+    Args:
+        inputs: Files, or folders whose scans are all taken.
+        channels: How many channels the model takes.
+
+    Returns:
+        Case name -> its files in channel order.
+
+    Raises:
+        ImageError: for a path that does not exist, a folder without scans, two scans of one name, or a scan
+            with missing channels.
+    """
+    files: list[Path] = []
+    for item in map(Path, inputs):
+        if item.is_dir():
+            found = sorted(f for f in item.iterdir() if file_ending(f) and not f.name.startswith("."))
+            if not found:
+                raise ImageError(f"{item} holds no scans ({', '.join(ENDINGS)}); give files or another folder.")
+            files += found
+        elif item.is_file():
+            files.append(item)
+        else:
+            raise ImageError(f"{item} does not exist.")
+    cases: dict[str, dict[int, Path]] = {}
+    for file in files:
+        match = _CHANNEL.search(stem(file))
+        name = stem(file)[: match.start()] if match else stem(file)
+        channel = int(match[1]) if match else 0
+        if channel in cases.setdefault(name, {}):
+            raise ImageError(f"{file} and {cases[name][channel]} are both channel {channel} of '{name}'; rename one.")
+        cases[name][channel] = file
+    for name, by_channel in cases.items():
+        single_file_channels = len(by_channel) == 1 and file_ending(by_channel.get(0, Path())) in {".png", ".tif", ".tiff"}
+        if not single_file_channels and sorted(by_channel) != list(range(channels)):
+            raise ImageError(
+                f"'{name}' has channels {sorted(by_channel)}, the model takes {list(range(channels))}; give one file "
+                "per channel, named <case>_0000, <case>_0001, ..."
+            )
+    return {name: tuple(by_channel[c] for c in sorted(by_channel)) for name, by_channel in cases.items()}
+
+
+def write_prediction(prediction: Prediction, folder: Path, case: str, source: Path) -> Path:
+    """Write ``<case><ending>`` (and ``<case>_uncertainty``) in the input's format and geometry.
+
+    Inputs without geometry (``.h5``) become ``.nii.gz`` with spacing 1; uncertainty of PNG inputs becomes TIFF,
+    which holds floating-point values.
+
+    Returns:
+        The label file.
+    """
+    ending = file_ending(source) or ".nii.gz"
+    ending = ".nii.gz" if ending == ".h5" else ending
+    path = folder / f"{case}{ending}"
+    write_label(path, prediction.labels, prediction.geometry)
+    if prediction.uncertainty is not None:
+        scalar_ending = ".tiff" if ending == ".png" else ending
+        write_scalar(folder / f"{case}_uncertainty{scalar_ending}", prediction.uncertainty, prediction.geometry)
+    return path
+
+
+def predict(
+    model: str | Path,
+    inputs: Iterable[str | Path],
+    out: str | Path,
+    *,
+    uncertainty: bool = False,
+    device: str = "auto",
+    progress: Callable[[int, int, str], None] | None = None,
+) -> list[Path]:
+    """Predict files and folders of scans.
+
+    Args:
+        model: Run folder, or a ``model.safetensors``.
+        inputs: Files or folders.
+        out: Folder for the predictions.
+        uncertainty: Write ``<case>_uncertainty`` beside each.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        progress: Called with (done, total, case).
+
+    Returns:
+        The label files written.
+
+    Raises:
+        RunError: if the model cannot be read.
+        ImageError: if an input cannot.
+    """
+    predictor = Predictor.load(model, device=device)
+    cases = find_inputs(inputs, channels=predictor.model.task.channels)
+    written = []
+    for done, (case, files) in enumerate(cases.items()):
+        if progress:
+            progress(done, len(cases), case)
+        prediction = predictor.predict(files, uncertainty=uncertainty)
+        written.append(write_prediction(prediction, Path(out), case, files[0]))
+    if progress:
+        progress(len(cases), len(cases), "")
+    return written

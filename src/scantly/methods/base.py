@@ -1,0 +1,270 @@
+"""The contract of a method: what it is given, what it returns, what it may ask for.
+
+A method is plain PyTorch and knows nothing of files, loops, devices or ranks, so that it can be used in
+anybody's training loop. Shapes: ``B`` batch (``Bl`` labeled, ``Bu`` unlabeled), ``C`` channels or classes,
+``(B, C, *spatial)`` stands for ``(B, C, H, W)`` and ``(B, C, D, H, W)``.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from scantly import networks
+from scantly.errors import ConfigError
+from scantly.settings import Settings
+
+__all__ = ["Batch", "Handles", "Method", "MethodConfig", "OptimizerSpec", "Progress", "Stage", "Task"]
+
+
+@dataclass(frozen=True)
+class Task:
+    """What is to be segmented, and with which backbone.
+
+    Attributes:
+        channels: Number of image channels.
+        classes: Class names, background first; the index is the label value.
+        spatial_dims: 2 or 3.
+        patch_size: Size of a training patch in voxels, ``(H, W)`` or ``(D, H, W)``.
+        network_name: Name in :func:`scantly.networks.known_networks`, ours or MONAI's.
+        network_arguments: Keyword arguments of that network beyond channels, classes and dimensions.
+    """
+
+    channels: int
+    classes: tuple[str, ...]
+    spatial_dims: Literal[2, 3]
+    patch_size: tuple[int, ...]
+    network_name: str = "unet"
+    network_arguments: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes, background included."""
+        return len(self.classes)
+
+    def network(self) -> nn.Module:
+        """Build one backbone, freshly initialized from torch's global generator."""
+        return networks.build(
+            self.network_name,
+            spatial_dims=self.spatial_dims,
+            in_channels=self.channels,
+            out_channels=self.num_classes,
+            arguments=self.network_arguments,
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data from which :meth:`from_dict` rebuilds the task."""
+        return {
+            "channels": self.channels,
+            "classes": list(self.classes),
+            "spatial_dims": self.spatial_dims,
+            "patch_size": list(self.patch_size),
+            "network_name": self.network_name,
+            "network_arguments": dict(self.network_arguments),
+        }
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Task:
+        """Inverse of :meth:`to_dict`."""
+        return cls(**{**values, "classes": tuple(values["classes"]), "patch_size": tuple(values["patch_size"])})
+
+
+@dataclass
+class Batch:
+    """One step's data, on the training device. Labels of unlabeled cases never enter it.
+
+    Attributes:
+        labeled: Labeled images after the shared weak augmentation, ``(Bl, C, *spatial)``, float32.
+        labels: Their labels under the same geometry, ``(Bl, *spatial)``, int64.
+        unlabeled: Unlabeled images after the weak augmentation, ``(Bu, C, *spatial)``; ``Bu`` may be 0.
+        labeled_raw: Labeled images before the weak augmentation.
+        labels_raw: Labels before the weak augmentation.
+        unlabeled_raw: Unlabeled images before the weak augmentation.
+        labeled_cases: Case name of each labeled row.
+        unlabeled_cases: Case name of each unlabeled row.
+        pseudo_labels: Labels that an earlier stage wrote for the unlabeled rows, geometry as ``unlabeled``,
+            ``(Bu, *spatial)``, int64; ``None`` before any stage has relabeled the pool.
+    """
+
+    labeled: Tensor
+    labels: Tensor
+    unlabeled: Tensor
+    labeled_raw: Tensor
+    labels_raw: Tensor
+    unlabeled_raw: Tensor
+    labeled_cases: tuple[str, ...] = ()
+    unlabeled_cases: tuple[str, ...] = ()
+    pseudo_labels: Tensor | None = None
+
+    @property
+    def images(self) -> Tensor:
+        """Labeled rows first, then unlabeled ones, ``(Bl + Bu, C, *spatial)``."""
+        return torch.cat([self.labeled, self.unlabeled])
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Where the training stands. All counts are calls of :meth:`Method.step`.
+
+    Attributes:
+        iteration: Iteration within the current stage, from 0.
+        total: Iterations of the current stage.
+        stage: Name of the current stage.
+        run_iteration: Iteration within the run, all stages together, from 0.
+        run_total: Iterations of the run.
+    """
+
+    iteration: int
+    total: int
+    stage: str = "train"
+    run_iteration: int = 0
+    run_total: int = 0
+
+    def scaled(self, published_total: int) -> float:
+        """This iteration on the clock of a paper that trained ``published_total`` iterations.
+
+        A ramp published in iterations is evaluated at ``iteration * published_total / total``, so a
+        shortened run keeps its proportions.
+        """
+        return self.iteration * published_total / self.total
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the training with its own losses, batches or optimizer state.
+
+    Attributes:
+        name: Shown in the progress and given to the method as ``progress.stage``.
+        share: Share of the training budget; shares are normalized by their sum.
+        labeled_only: No unlabeled rows are loaded (``Bu`` is 0).
+        labeled_batch_size: Rows per step; ``None``: as the plan says.
+        unlabeled_batch_size: Rows per step; ``None``: as the plan says.
+        restart_optimizers: Optimizers and learning-rate schedules start anew at the stage's first iteration.
+        relabel: Before the stage begins, the engine predicts the unlabeled pool with ``method.predictor``
+            and gives the result as ``batch.pseudo_labels`` from then on.
+        all_classes: Only labeled slices or patches that hold every class are drawn, where there are any.
+    """
+
+    name: str = "train"
+    share: float = 1.0
+    labeled_only: bool = False
+    labeled_batch_size: int | None = None
+    unlabeled_batch_size: int | None = None
+    restart_optimizers: bool = True
+    relabel: bool = False
+    all_classes: bool = False
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """One optimizer of a method. ``None`` takes the recipe's value (section ``training``).
+
+    Attributes:
+        parameters: What it trains; ``None``: every parameter of the method that requires a gradient.
+        name: ``sgd``, ``adam`` or ``adamw``.
+        lr: Learning rate at the first step.
+        momentum: SGD's momentum.
+        weight_decay: L2 penalty (``adamw``: decoupled).
+        betas: Adam's decay rates.
+        nesterov: Nesterov momentum, SGD only.
+        schedule: ``poly``, ``step`` or ``constant``.
+    """
+
+    parameters: Iterable[nn.Parameter] | None = None
+    name: Literal["sgd", "adam", "adamw"] | None = None
+    lr: float | None = None
+    momentum: float | None = None
+    weight_decay: float | None = None
+    betas: tuple[float, float] = (0.9, 0.999)
+    nesterov: bool = False
+    schedule: Literal["poly", "step", "constant"] | None = None
+
+
+class Handles(Protocol):
+    """What the engine lends to :meth:`Method.step`; precision, clipping and ranks are handled inside."""
+
+    def backward(self, loss: Tensor, name: str | None = None) -> None:
+        """Add the gradient of ``loss``.
+
+        Args:
+            loss: Scalar.
+            name: Only the parameters of this optimizer receive the gradient; ``None``: all leaves do.
+        """
+
+    def average_gradients(self, name: str = "main") -> None:
+        """Average the gradients over the ranks now, for methods that use them before :meth:`update`."""
+
+    def update(self, name: str = "main") -> None:
+        """Average over ranks, clip, take the optimizer's step, set its learning rate, clear its gradients."""
+
+
+class MethodConfig(Settings):
+    """Base of every method's settings; each field states unit, source and default."""
+
+
+class Method(nn.Module):
+    """Base of all methods.
+
+    A subclass builds its networks in ``__init__`` with ``task.network()``, and implements :meth:`losses`
+    and :attr:`predictor`; most need nothing else. Everything that must survive a kill (EMA weights, memory
+    banks, counters) is a parameter or buffer, so that it is in ``state_dict``.
+
+    Attributes:
+        generator: Source of the method's random draws. The engine replaces, seeds and checkpoints it; it
+            lives on the training device.
+    """
+
+    Config: ClassVar[type[MethodConfig]] = MethodConfig
+    uses_unlabeled: ClassVar[bool] = True
+
+    def __init__(self, task: Task, config: MethodConfig) -> None:
+        super().__init__()
+        self.task = task
+        self.generator = torch.Generator()
+        self._logged: dict[str, Tensor] = {}
+        if not isinstance(config, self.Config):
+            raise ConfigError(f"{type(self).__name__} needs {self.Config.__qualname__}, not {type(config).__name__}.")
+
+    @abstractmethod
+    def losses(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
+        """Named scalar terms, already weighted; their sum is minimized."""
+
+    @property
+    @abstractmethod
+    def predictor(self) -> nn.Module:
+        """The network used for validation, inference and export: images -> logits."""
+
+    def step(self, batch: Batch, progress: Progress, handles: Handles) -> dict[str, Tensor]:
+        """One iteration. Override for adversaries or several updates per batch; returns what is logged."""
+        terms = self.losses(batch, progress)
+        handles.backward(torch.stack(list(terms.values())).sum())
+        handles.update()
+        return terms
+
+    def after_step(self, progress: Progress) -> None:
+        """Called after each iteration: EMA, memory banks."""
+
+    def stages(self) -> list[Stage]:
+        """Stages in order; the default is one over the whole budget."""
+        return [Stage(labeled_only=not self.uses_unlabeled)]
+
+    def start_stage(self, stage: Stage) -> None:
+        """Called before the first iteration of each stage (for instance: copy student to teacher)."""
+
+    def optimizers(self) -> dict[str, OptimizerSpec]:
+        """Named optimizers; the default is one, ``main``, as the recipe says."""
+        return {"main": OptimizerSpec()}
+
+    def log(self, name: str, value: Tensor) -> None:
+        """Record a scalar that is only watched. Nothing is synchronized until it is written."""
+        self._logged[name] = value.detach()
+
+    def pop_logged(self) -> dict[str, Tensor]:
+        """The scalars recorded since the last call; the record is cleared."""
+        logged, self._logged = self._logged, {}
+        return logged

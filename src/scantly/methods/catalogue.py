@@ -1,0 +1,122 @@
+"""The methods by name, read without torch; other packages add theirs by entry point."""
+
+from __future__ import annotations
+
+import importlib
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from typing import TYPE_CHECKING, Any
+
+from scantly.errors import ConfigError, unknown_name
+
+if TYPE_CHECKING:
+    from scantly.methods.base import Method
+
+__all__ = ["CATALOGUE", "Entry", "describe", "find", "load", "methods"]
+
+ENTRY_POINTS = "scantly.methods"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One line of the catalogue.
+
+    Attributes:
+        name: What ``--method`` takes.
+        target: ``module:class``; only entries of installed packages are ever imported, never names from files.
+        title: The method's usual name.
+        paper: Authors, venue, year.
+        summary: The idea in one line.
+    """
+
+    name: str
+    target: str
+    title: str
+    paper: str
+    summary: str
+
+
+CATALOGUE = (
+    Entry(
+        "supervised",
+        "scantly.methods.supervised:Supervised",
+        "Supervised",
+        "cross-entropy and Dice on labeled cases, the field's baseline",
+        "labeled cases alone: lower bound; with all labels the upper bound",
+    ),
+    Entry(
+        "mean_teacher",
+        "scantly.methods.mean_teacher:MeanTeacher",
+        "Mean Teacher",
+        "Tarvainen and Valpola, NeurIPS 2017",
+        "match a weight-averaged teacher on noisy unlabeled images",
+    ),
+)
+
+
+def methods() -> dict[str, Entry]:
+    """All methods by name: the catalogue, then those of installed packages (group ``scantly.methods``).
+
+    Raises:
+        ConfigError: if an installed package takes a name that exists.
+    """
+    found = {entry.name: entry for entry in CATALOGUE}
+    for point in entry_points(group=ENTRY_POINTS):
+        package = point.dist.name if point.dist else "an installed package"
+        if point.name in found:
+            raise ConfigError(f"method '{point.name}' of {package} is already in the catalogue; rename or remove it.")
+        found[point.name] = Entry(point.name, point.value, point.name, f"from {package}", f"see {package}")
+    return found
+
+
+def find(name: str) -> Entry:
+    """The entry of that name.
+
+    Raises:
+        ConfigError: if there is none; the nearest name is offered.
+    """
+    known = methods()
+    if name not in known:
+        raise ConfigError(unknown_name("method", name, known))
+    return known[name]
+
+
+def load(name: str) -> type[Method]:
+    """Import the class of a method.
+
+    Raises:
+        ConfigError: if there is no such method.
+    """
+    module, _, attribute = find(name).target.partition(":")
+    loaded: type[Method] = getattr(importlib.import_module(module), attribute)
+    return loaded
+
+
+def describe(name: str) -> dict[str, Any]:
+    """Paper, idea, settings with meaning and default of one method, as plain data (imports the method).
+
+    Returns:
+        Keys ``name``, ``title``, ``paper``, ``summary``, ``description`` (the docstring), and ``settings``:
+        name -> ``{"default", "type", "description"}``.
+    """
+    import inspect
+
+    entry = find(name)
+    method = load(name)
+    schema = method.Config.model_json_schema()["properties"] if method.Config.model_fields else {}
+    settings = {
+        key: {
+            "default": field.get_default(),
+            "type": " | ".join(map(str, schema[key]["enum"])) if "enum" in schema[key] else schema[key].get("type", ""),
+            "description": field.description or "",
+        }
+        for key, field in method.Config.model_fields.items()
+    }
+    return {
+        "name": entry.name,
+        "title": entry.title,
+        "paper": entry.paper,
+        "summary": entry.summary,
+        "description": inspect.cleandoc(method.__doc__ or ""),
+        "settings": settings,
+    }

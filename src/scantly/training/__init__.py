@@ -1,0 +1,1 @@
+"""The engine: one loop, the run folder, checkpoints and resume."""

@@ -1,0 +1,132 @@
+"""Optimizers, learning-rate schedules, and the handles that a method's step uses."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed
+from torch import Tensor, nn
+
+from scantly.errors import ConfigError
+from scantly.methods.base import Method, OptimizerSpec
+from scantly.training.config import TrainingSection
+
+__all__ = ["TrainingHandles", "learning_rate"]
+
+
+def learning_rate(name: str, iteration: int, total: int, settings: TrainingSection) -> float:
+    """Factor on the initial learning rate at one step.
+
+    As in the public code of the field the schedule is advanced after each step with the counter before its
+    increment: steps 0 and 1 both run at the initial rate, step ``t >= 1`` at the value of ``t - 1``.
+
+    Args:
+        name: ``poly``: ``(1 - t/T)^power``; ``step``: times ``gamma`` after each milestone; ``constant``.
+        iteration: Step within the stage, from 0.
+        total: Steps of the stage.
+        settings: ``power``, ``milestones``, ``gamma``.
+
+    Returns:
+        Factor in (0, 1].
+    """
+    if name == "poly":
+        return (1.0 - max(iteration - 1, 0) / total) ** settings.power
+    if name == "step":
+        passed = sum(iteration >= round(share * total) for share in settings.milestones)
+        return settings.gamma**passed
+    return 1.0
+
+
+class TrainingHandles:
+    """Named optimizers of a method with clipping, averaging over ranks and schedules inside.
+
+    Args:
+        method: Its ``optimizers()`` are built.
+        settings: Section ``training``.
+        total: Iterations of the stage.
+    """
+
+    def __init__(self, method: Method, settings: TrainingSection, total: int) -> None:
+        self._settings = settings
+        self._total = total
+        self._specs = method.optimizers()
+        self._optimizers: dict[str, torch.optim.Optimizer] = {}
+        self._initial: dict[str, float] = {}
+        self._averaged: set[str] = set()
+        for name, spec in self._specs.items():
+            parameters = [p for p in spec.parameters or method.parameters() if p.requires_grad]
+            if not parameters:
+                raise ConfigError(f"optimizer '{name}' of {type(method).__name__} has no parameter to train.")
+            self._initial[name] = settings.lr if spec.lr is None else spec.lr
+            self._optimizers[name] = _build(spec, parameters, settings, self._initial[name])
+        self.set_iteration(0)
+
+    def set_iteration(self, iteration: int) -> None:
+        """Set every learning rate for this step of the stage."""
+        for name, optimizer in self._optimizers.items():
+            schedule = self._specs[name].schedule or self._settings.schedule
+            factor = learning_rate(schedule, iteration, self._total, self._settings)
+            for group in optimizer.param_groups:
+                group["lr"] = self._initial[name] * factor
+
+    def rates(self) -> dict[str, float]:
+        """Current learning rate of each optimizer."""
+        return {name: float(optimizer.param_groups[0]["lr"]) for name, optimizer in self._optimizers.items()}
+
+    def backward(self, loss: Tensor, name: str | None = None) -> None:
+        """Add the gradient of ``loss``, to the parameters of one optimizer or to all leaves."""
+        with torch.autocast(loss.device.type, enabled=False):  # backward runs in the precision of the forward
+            loss.backward(inputs=None if name is None else self._parameters(name))
+
+    def average_gradients(self, name: str = "main") -> None:
+        """Average the gradients of one optimizer over the ranks, once per update."""
+        if name in self._averaged:
+            return
+        self._averaged.add(name)
+        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+            return
+        world = torch.distributed.get_world_size()
+        if world == 1:
+            return
+        for parameter in self._parameters(name):
+            if parameter.grad is None:  # every rank must take part in every reduction
+                parameter.grad = torch.zeros_like(parameter)
+            torch.distributed.all_reduce(parameter.grad)
+            parameter.grad.div_(world)
+
+    def update(self, name: str = "main") -> None:
+        """Average, clip, step, clear."""
+        self.average_gradients(name)
+        self._averaged.discard(name)
+        if self._settings.gradient_clip is not None:
+            nn.utils.clip_grad_norm_(self._parameters(name), self._settings.gradient_clip)
+        self._optimizers[name].step()
+        self._optimizers[name].zero_grad(set_to_none=True)
+
+    def state_dict(self) -> dict[str, Any]:
+        """State of all optimizers."""
+        return {name: optimizer.state_dict() for name, optimizer in self._optimizers.items()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Inverse of :meth:`state_dict`."""
+        for name, optimizer in self._optimizers.items():
+            optimizer.load_state_dict(state[name])
+
+    def _parameters(self, name: str) -> list[nn.Parameter]:
+        return [p for group in self._optimizers[name].param_groups for p in group["params"]]
+
+
+def _build(
+    spec: OptimizerSpec, parameters: list[nn.Parameter], settings: TrainingSection, lr: float
+) -> torch.optim.Optimizer:
+    weight_decay = settings.weight_decay if spec.weight_decay is None else spec.weight_decay
+    name = spec.name or settings.optimizer
+    if name == "sgd":
+        momentum = settings.momentum if spec.momentum is None else spec.momentum
+        return torch.optim.SGD(
+            parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=spec.nesterov, foreach=True
+        )
+    kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
+    return kind(parameters, lr=lr, betas=spec.betas, weight_decay=weight_decay, foreach=True)

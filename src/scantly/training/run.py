@@ -1,0 +1,202 @@
+"""The run folder: what is in it, who may write it, and how it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from filelock import FileLock, Timeout
+
+from scantly.data.splits import Split
+from scantly.errors import RunError
+from scantly.files import read_json, read_yaml, write_json, write_yaml
+from scantly.settings import parse
+from scantly.training.config import IRRELEVANT_KEYS, RunConfig
+
+if TYPE_CHECKING:
+    import pandas as pd
+
+__all__ = ["Run"]
+
+
+class Run:
+    """A trained or half-trained model with its configuration, log, weights and results.
+
+    Args:
+        folder: The run folder; use :meth:`open` for one that exists.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @classmethod
+    def open(cls, folder: str | Path) -> Run:
+        """Open an existing run.
+
+        Raises:
+            RunError: if the folder is no run.
+        """
+        path = Path(folder)
+        if not (path / "config.yaml").is_file():
+            raise RunError(f"{path} is not a run folder (it has no config.yaml); give the --out of a scantly train.")
+        return cls(path)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        """The resolved configuration as plain data."""
+        return read_yaml(self.folder / "config.yaml")
+
+    @property
+    def settings(self) -> RunConfig:
+        """The resolved configuration, typed."""
+        return parse(RunConfig, self.config, where="")
+
+    @property
+    def split(self) -> Split:
+        """The cases by role."""
+        return Split.from_dict(self.config["split"])
+
+    @cached_property
+    def environment(self) -> dict[str, Any]:
+        """What it was computed with."""
+        return dict(read_json(self.folder / "environment.json"))
+
+    @property
+    def model_path(self) -> Path:
+        """The weights that predict."""
+        return self.folder / "model.safetensors"
+
+    @property
+    def last_checkpoint(self) -> Path:
+        """The full state of the last checkpoint."""
+        return self.folder / "checkpoints" / "last.ckpt"
+
+    @property
+    def best_checkpoint(self) -> Path:
+        """The predictor's weights at the best validation."""
+        return self.folder / "checkpoints" / "best.ckpt"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the training has come to its end."""
+        return self.model_path.is_file()
+
+    def log(self) -> pd.DataFrame:
+        """The log in long format: columns ``iteration``, ``stage``, ``name``, ``value``."""
+        import pandas as pd
+
+        return pd.read_csv(self.folder / "log" / "metrics.csv")
+
+    def evaluation(self, split: str) -> pd.DataFrame | None:
+        """Per-case table of a split; ``None`` if it was not evaluated."""
+        import pandas as pd
+
+        path = self.folder / "evaluation" / f"{split}.csv"
+        return pd.read_csv(path, dtype={"case": str}) if path.is_file() else None
+
+    def summary(self, split: str) -> dict[str, Any]:
+        """Means and counts of an evaluated split.
+
+        Raises:
+            RunError: if it was not evaluated.
+        """
+        path = self.folder / "evaluation" / f"{split}.json"
+        if not path.is_file():
+            raise RunError(f"{self.folder} has no evaluation of '{split}'; run scantly evaluate {self.folder} first.")
+        return dict(read_json(path))
+
+    def predictions(self, split: str) -> Path:
+        """Folder of the predictions of a split."""
+        return self.folder / "predictions" / split
+
+    def evaluate(self, split: str | None = None, *, device: str = "auto") -> Run:
+        """Predict a split, write the per-case table and its summary; returns the run itself.
+
+        Args:
+            split: ``"val"`` or ``"test"``; ``None``: test where there are test cases with labels, else val.
+            device: ``auto``, ``cpu`` or ``cuda``.
+        """
+        from scantly.training.evaluate import evaluate_run
+
+        evaluate_run(self, split, device=device)
+        return self
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder alone; the lock falls with the process, however it ends.
+
+        Raises:
+            RunError: if another process trains in this folder.
+        """
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.folder / ".lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise RunError(
+                f"another process is training in {self.folder}; wait for it or choose another --out."
+            ) from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def claim(self, config: RunConfig, environment: Mapping[str, Any], *, resume: bool) -> None:
+        """Make the folder this configuration's, or refuse it untouched.
+
+        Args:
+            config: The configuration to be trained.
+            environment: From :func:`~scantly.training.environment.describe_environment`.
+            resume: Whether an unfinished run may be continued.
+
+        Raises:
+            RunError: if the folder holds something else, another configuration, or an unfinished run and
+                ``resume`` is not given.
+        """
+        path = self.folder / "config.yaml"
+        values = config.model_dump(mode="json")
+        if path.is_file():
+            differences = _differences(read_yaml(path), values)
+            if differences:
+                listed = "\n".join(f"  {line}" for line in differences)
+                raise RunError(
+                    f"{self.folder} holds a run of another configuration; choose another --out. It differs in "
+                    f"(there -> here):\n{listed}"
+                )
+            if self.last_checkpoint.is_file() and not self.finished and not resume:
+                raise RunError(
+                    f"{self.folder} holds an unfinished run; continue it with --resume, or choose another --out."
+                )
+            if not (self.folder / "environment.json").is_file():  # killed between the two files
+                write_json(self.folder / "environment.json", dict(environment))
+            return
+        ours = (".lock", ".tmp-")
+        strangers = [item.name for item in self.folder.iterdir() if not item.name.startswith(ours)]
+        if strangers:
+            raise RunError(
+                f"{self.folder} is not empty (it holds {strangers[0]!r}) and is no run folder; choose another --out."
+            )
+        write_yaml(path, values)
+        write_json(self.folder / "environment.json", dict(environment))
+
+
+def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
+    lines: list[str] = []
+    for key in sorted({*there, *here}):
+        path = f"{prefix}{key}"
+        if path in IRRELEVANT_KEYS:
+            continue
+        old, new = there.get(key), here.get(key)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += _differences(old, new, f"{path}.")
+        elif old != new:
+            lines.append(f"{path}: {_short(old)} -> {_short(new)}")
+    return lines
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."

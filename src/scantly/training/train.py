@@ -1,0 +1,166 @@
+"""Train a method on a dataset folder: what ``scantly train`` and ``scantly.train`` do."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+
+from scantly.data.dataset import Dataset
+from scantly.data.store import Store, build_store
+from scantly.inference.predict import select_device
+from scantly.methods import catalogue
+from scantly.methods.base import Method, Task
+from scantly.settings import parse
+from scantly.training.config import RunConfig
+from scantly.training.engine import Engine
+from scantly.training.environment import describe_environment
+from scantly.training.progress import ProgressLine
+from scantly.training.resolve import resolve
+from scantly.training.run import Run
+
+__all__ = ["build_method", "train", "train_config"]
+
+_LOGGER = logging.getLogger("scantly")
+
+
+def train(
+    dataset: str | Path,
+    *,
+    method: str,
+    out: str | Path,
+    labeled: int | str | None = None,
+    recipe: str | None = None,
+    protocol: str | None = None,
+    steps: int | None = None,
+    seed: int | None = None,
+    size: Sequence[int] | None = None,
+    config: str | Path | None = None,
+    settings: Mapping[str, Any] | Sequence[str] = (),
+    device: str | None = None,
+    precision: str | None = None,
+    resume: bool = False,
+) -> Run:
+    """Train a method on a dataset folder into a run folder.
+
+    Args:
+        dataset: Dataset folder (nnU-Net v2 raw layout).
+        method: Name in the catalogue.
+        out: Run folder, new, or one of the same configuration.
+        labeled: Number of labeled subjects, a share such as ``"10%"``, or ``None`` for all.
+        recipe: Name of a recipe.
+        protocol: ``clean`` or ``literature``.
+        steps: Iterations, all stages together.
+        seed: Seed of everything drawn.
+        size: Training size, ``H W`` or ``H W D`` as the literature writes it.
+        config: YAML file with further settings.
+        settings: ``["method.consistency=0.5"]`` or nested ``{"method": {"consistency": 0.5}}``.
+        device: ``auto``, ``cpu`` or ``cuda``.
+        precision: ``32`` or ``bf16``.
+        resume: Continue an unfinished run.
+
+    Returns:
+        The finished run.
+
+    Raises:
+        ScantlyError: one sentence on what is wrong and what to do; earlier results are untouched.
+    """
+    flags = {
+        "method": method,
+        "labeled": labeled,
+        "protocol": protocol,
+        "steps": steps,
+        "seed": seed,
+        "size": size,
+        "device": device,
+        "precision": precision,
+    }
+    resolved = resolve(dataset, recipe=recipe, config_file=config, flags=flags, sets=settings)
+    return train_config(resolved, out, resume=resume)
+
+
+def build_method(config: RunConfig) -> Method:
+    """The method of a configuration, freshly initialized from torch's global generator."""
+    split, plan = config.split, config.plan
+    dataset = Dataset.open(Path(config.data.dataset))
+    task = Task(
+        channels=_channel_count(dataset, split),
+        classes=dataset.classes,
+        spatial_dims=plan.spatial_dims,
+        patch_size=tuple(plan.patch_size),
+        network_name=config.network.name,
+        network_arguments=config.network.arguments,
+    )
+    method = catalogue.load(config.method_name)
+    return method(task, parse(method.Config, config.method_settings, where="method"))
+
+
+def _channel_count(dataset: Dataset, split: Mapping[str, Any]) -> int:
+    """Channels of an image: files of a case, or colors of a single PNG or TIFF."""
+    from scantly.imaging import read_image
+
+    case = dataset.case(split["labeled"][0])
+    if len(case.images) > 1 or dataset.file_ending not in {".png", ".tif", ".tiff"}:
+        return len(case.images)
+    return int(read_image(case.images).array.shape[0])
+
+
+def train_config(config: RunConfig, out: str | Path, *, resume: bool = False, quiet: bool = False) -> Run:
+    """Train a resolved configuration.
+
+    Args:
+        config: From :func:`~scantly.training.resolve.resolve`.
+        out: Run folder.
+        resume: Continue an unfinished run.
+        quiet: Show no progress.
+
+    Returns:
+        The finished run; one that was finished before is returned as it is.
+    """
+    run = Run(Path(out))
+    settings = config.training
+    device = select_device(settings.device)
+    fabric = Fabric(accelerator=device.type, devices=settings.devices, num_nodes=settings.nodes)
+    fabric.launch()
+    with run.locked() if fabric.is_global_zero else nullcontext():
+        if fabric.is_global_zero:
+            environment = describe_environment(fabric.device, world_size=fabric.world_size)
+            run.claim(config, environment, resume=resume)
+        fabric.barrier()
+        if run.finished:
+            _LOGGER.info("%s is finished already; nothing to train", run.folder)
+            return run
+        with fabric.rank_zero_first():
+            store = prepare_store(config, quiet=quiet or not fabric.is_global_zero)
+        torch.manual_seed(settings.seed)
+        method = build_method(config).to(fabric.device)
+        if config.training.channels_last and config.plan.spatial_dims == 2:
+            method.to(memory_format=torch.channels_last)
+        torch.manual_seed(settings.seed + fabric.global_rank)  # dropout differs between ranks
+        if settings.compile:
+            for child in method.children():
+                child.compile()
+        dataset = Dataset.open(Path(config.data.dataset))
+        Engine(run, config, method, dataset=dataset, store=store, fabric=fabric, quiet=quiet).fit()
+    return run
+
+
+def prepare_store(config: RunConfig, *, quiet: bool = False) -> Store:
+    """Prepare all cases that the run reads; only labels of labeled cases enter the store."""
+    split = config.split
+    names = [*split["labeled"], *split["unlabeled"], *split["val"]]
+    dataset = Dataset.open(Path(config.data.dataset))
+    with ProgressLine("preparing", len(names), quiet=quiet) as line:
+        return build_store(
+            dataset,
+            names,
+            config.plan,
+            root=Path(config.data.store) if config.data.store else None,
+            with_labels=set(split["labeled"]),
+            progress=lambda done, _total, name: line.update(done, note=name),
+        )

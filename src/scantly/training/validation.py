@@ -1,0 +1,79 @@
+"""Validation by volume, on validation cases only."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+
+import numpy as np
+import torch
+from torch import nn
+
+from scantly.data.dataset import Dataset
+from scantly.data.plan import Plan
+from scantly.data.store import Store
+from scantly.errors import DatasetError
+from scantly.evaluation import dice_per_class
+from scantly.imaging import read_label
+from scantly.inference.predict import label_on_original_grid
+from scantly.inference.windows import predict_array
+
+__all__ = ["validate"]
+
+
+def validate(
+    network: nn.Module,
+    cases: Sequence[str],
+    *,
+    dataset: Dataset,
+    store: Store,
+    plan: Plan,
+    device: torch.device,
+    autocast: AbstractContextManager[object],
+) -> dict[str, float]:
+    """Mean Dice over validation cases, per class and over classes, on each scan's original grid.
+
+    Draws nothing at random and leaves the network in the mode it was in. Cases in which a class is neither
+    present nor predicted do not count for that class.
+
+    Args:
+        network: The method's predictor.
+        cases: Names of the validation cases.
+        dataset: Where the reference labels are.
+        store: Prepared images.
+        plan: How they were prepared.
+        device: Where the network is.
+        autocast: Precision context of the training.
+
+    Returns:
+        ``{"val/dice": ..., "val/dice/<class>": ...}`` in [0, 1]; a class that is in no case is left out.
+    """
+    modes = [(module, module.training) for module in network.modules()]
+    network.eval()
+    rows = []
+    for case in cases:
+        image = store.read_image(case, (slice(None), slice(None), slice(None)))
+        with autocast:
+            probs = predict_array(
+                network, image, spatial_dims=plan.spatial_dims, patch_size=plan.patch_size, device=device
+            )
+        labels = label_on_original_grid(probs, store.record(case), plan)
+        path = dataset.case(case).label
+        if path is None:
+            raise DatasetError(f"validation case '{case}' has no label file; add it or take the case out of 'val'.")
+        try:
+            rows.append(dice_per_class(labels, read_label(path).array, len(dataset.classes)))
+        except ValueError as error:
+            raise DatasetError(f"{path} does not fit its image or dataset.json: {error}") from error
+    for module, training in modes:
+        module.training = training
+    table = np.asarray(rows)
+    counted = (~np.isnan(table)).any(axis=0)
+    means = np.full(table.shape[1], np.nan)
+    means[counted] = np.nanmean(table[:, counted], axis=0)
+    values = {
+        f"val/dice/{name}": float(mean)
+        for name, mean in zip(dataset.classes[1:], means, strict=True)
+        if not np.isnan(mean)
+    }
+    return {"val/dice": float(np.nanmean(means)), **values}

@@ -1,0 +1,92 @@
+"""Views of a batch, computed on its device: weak, strong, noise, CutMix and invertible geometry.
+
+Each transform has a ``sample_*`` function that draws its parameters from a generator, and an ``apply_*``
+function that applies them to anything of the same geometry; 2D and 3D are the same code. The generator's
+device is the parameters' device, and its state is all that a checkpoint must hold.
+"""
+
+from scantly.views.intensity import (
+    Blur,
+    Gamma,
+    Jitter,
+    Noise,
+    apply_blur,
+    apply_gamma,
+    apply_jitter,
+    apply_noise,
+    noise,
+    sample_blur,
+    sample_gamma,
+    sample_jitter,
+    sample_noise,
+)
+from scantly.views.mix import CutMix, CutMixConfig, apply_cutmix, box_mask, sample_cutmix
+from scantly.views.policy import (
+    StrongConfig,
+    StrongParams,
+    WeakConfig,
+    WeakParams,
+    WeakView,
+    apply_strong,
+    apply_weak,
+    invert_weak,
+    sample_strong,
+    sample_weak,
+    strong,
+    weak,
+)
+from scantly.views.spatial import (
+    Affine,
+    Orthogonal,
+    apply_affine,
+    apply_orthogonal,
+    invert_affine,
+    invert_orthogonal,
+    make_affine,
+    sample_affine,
+    sample_orthogonal,
+    warp,
+)
+
+__all__ = [
+    "Affine",
+    "Blur",
+    "CutMix",
+    "CutMixConfig",
+    "Gamma",
+    "Jitter",
+    "Noise",
+    "Orthogonal",
+    "StrongConfig",
+    "StrongParams",
+    "WeakConfig",
+    "WeakParams",
+    "WeakView",
+    "apply_affine",
+    "apply_blur",
+    "apply_cutmix",
+    "apply_gamma",
+    "apply_jitter",
+    "apply_noise",
+    "apply_orthogonal",
+    "apply_strong",
+    "apply_weak",
+    "box_mask",
+    "invert_affine",
+    "invert_orthogonal",
+    "invert_weak",
+    "make_affine",
+    "noise",
+    "sample_affine",
+    "sample_blur",
+    "sample_cutmix",
+    "sample_gamma",
+    "sample_jitter",
+    "sample_noise",
+    "sample_orthogonal",
+    "sample_strong",
+    "sample_weak",
+    "strong",
+    "warp",
+    "weak",
+]

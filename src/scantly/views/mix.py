@@ -1,0 +1,147 @@
+"""CutMix: a box of each image is replaced by the same box of another image of the batch.
+
+Yun et al., "CutMix", ICCV 2019; boxes as UniMatch draws them (Yang et al., CVPR 2023) in 2D, and as cubes of
+the patch's proportions in 3D. Images, pseudo-labels and confidences are pasted with one set of parameters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from scantly.settings import Settings
+from scantly.views.draws import chance, uniform
+
+__all__ = ["CutMix", "CutMixConfig", "apply_cutmix", "box_mask", "sample_cutmix"]
+
+
+class CutMixConfig(Settings):
+    """How boxes are drawn. ``area=(0.5, 0.5)`` gives the half-area rectangles of ARCO."""
+
+    probability: float = Field(
+        0.5, ge=0, le=1, description="Probability that an image is mixed (UniMatch: 0.5)"
+    )
+    area: tuple[float, float] = Field(
+        (0.02, 0.4),
+        description="Bounds of the box's share of the area (2D) or volume (3D) (UniMatch: 0.02-0.4)",
+    )
+    aspect: tuple[float, float] = Field(
+        (0.3, 3.33),
+        description="2D: bounds of height over width, both as shares of the patch (UniMatch: 0.3-3.33)",
+    )
+
+    @field_validator("area")
+    @classmethod
+    def _area_is_a_share(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1] <= 1:
+            raise ValueError("give two shares in (0, 1], the smaller first")
+        return value
+
+    @field_validator("aspect")
+    @classmethod
+    def _aspect_is_a_range(cls, value: tuple[float, float]) -> tuple[float, float]:
+        if not 0 < value[0] <= value[1]:
+            raise ValueError("give two positive ratios, the smaller first")
+        return value
+
+
+@dataclass(frozen=True)
+class CutMix:
+    """What is pasted where.
+
+    Attributes:
+        mask: True where the partner's content goes, ``(B, 1, *spatial)`` bool; nowhere in unmixed rows.
+        partner: Row of the source that each image is mixed with, ``(B,)`` int64.
+    """
+
+    mask: Tensor
+    partner: Tensor
+
+
+def sample_cutmix(
+    config: CutMixConfig,
+    batch: int,
+    size: Sequence[int],
+    *,
+    partner: Tensor | None = None,
+    generator: torch.Generator,
+) -> CutMix:
+    """Draw one box per image.
+
+    The share is uniform between its bounds, the aspect ratio log-uniform among those with which a box of that
+    share fits, the position uniform among those that fit; edges are rounded to whole voxels. UniMatch instead
+    draws all three until the box fits, which cannot be done without waiting for the device and
+    favors small boxes.
+
+    Args:
+        config: Probability and bounds.
+        batch: Number of images B.
+        size: ``(H, W)`` or ``(D, H, W)``.
+        partner: Row of the source for each image, ``(B,)`` int64; ``None``: the next one, cyclically.
+        generator: Source of the draws; its device is the parameters' device.
+    """
+    device = generator.device
+    axes = len(size)
+    share = uniform(batch, *config.area, generator=generator)
+    if axes == 2:
+        lower, upper = (
+            torch.full_like(share, bound).clamp(share, 1 / share).log() for bound in config.aspect
+        )
+        ratio = torch.exp(lower + (upper - lower) * uniform(batch, 0, 1, generator=generator))
+        relative = torch.stack([(share * ratio).sqrt(), (share / ratio).sqrt()], dim=1)
+    else:
+        relative = share[:, None].pow(1 / axes).expand(-1, axes)
+    # Filled on the device: a tensor made from a list would be copied there and waited for.
+    lengths = torch.stack([torch.full((), float(length), device=device) for length in size])
+    edges = (relative * lengths).round().clamp(min=1).minimum(lengths)
+    room = lengths - edges
+    corners = (uniform((batch, axes), 0, 1, generator=generator) * (room + 1)).floor().minimum(room)
+    edges = edges * chance(batch, config.probability, generator=generator)[:, None]
+    if partner is None:
+        partner = (torch.arange(batch, device=device) + 1) % max(batch, 1)
+    return CutMix(box_mask(corners, edges, size), partner)
+
+
+def apply_cutmix(x: Tensor, params: CutMix, *, source: Tensor | None = None) -> Tensor:
+    """Paste the partners' boxes.
+
+    Args:
+        x: Images ``(B, C, *spatial)``, or label maps, confidences, masks ``(B, *spatial)``; any type.
+        params: Boxes and partners.
+        source: Where the pasted content comes from, shaped as ``x`` but for B; ``None``: ``x``.
+
+    Returns:
+        Same shape and type as ``x``.
+    """
+    mask = params.mask if x.ndim == params.mask.ndim else params.mask[:, 0]
+    return torch.where(mask, (x if source is None else source).index_select(0, params.partner), x)
+
+
+def box_mask(corners: Tensor, edges: Tensor, size: Sequence[int]) -> Tensor:
+    """Mask of axis-parallel boxes.
+
+    Args:
+        corners: First voxel of each box, ``(B, n)``.
+        edges: Lengths in voxels, ``(B, n)``; a box with an edge of 0 is empty.
+        size: The ``n`` spatial lengths.
+
+    Returns:
+        ``(B, 1, *size)`` bool.
+
+    Example:
+        >>> box_mask(torch.tensor([[1, 0]]), torch.tensor([[1, 2]]), (3, 3)).int().squeeze()
+        tensor([[0, 0, 0],
+                [1, 1, 0],
+                [0, 0, 0]], dtype=torch.int32)
+    """
+    mask = torch.ones((corners.shape[0], 1, *[1] * len(size)), dtype=torch.bool, device=corners.device)
+    for axis, length in enumerate(size):
+        voxel = torch.arange(length, device=corners.device)
+        first, edge = corners[:, axis, None], edges[:, axis, None]
+        within = (voxel >= first) & (voxel < first + edge)
+        mask = mask & within.view(-1, 1, *[1] * axis, length, *[1] * (len(size) - axis - 1))
+    return mask

@@ -1,0 +1,36 @@
+import subprocess
+import sys
+
+import pytest
+
+from scantly.errors import ConfigError
+from scantly.methods import catalogue
+
+
+def test_names_are_unique_and_every_entry_loads():
+    names = [entry.name for entry in catalogue.CATALOGUE]
+    assert len(names) == len(set(names))
+    for name in names:
+        assert catalogue.load(name).__doc__
+
+
+def test_unknown_name_offers_the_nearest():
+    with pytest.raises(ConfigError, match="did you mean 'mean_teacher'"):
+        catalogue.load("mean_techer")
+
+
+def test_reading_the_catalogue_imports_no_torch():
+    code = "import sys; from scantly.methods.catalogue import methods; methods(); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_every_setting_is_described():
+    for name in catalogue.methods():
+        settings = catalogue.describe(name)["settings"]
+        assert all(field["description"] for field in settings.values()), name
+
+
+def test_description_states_defaults():
+    settings = catalogue.describe("mean_teacher")["settings"]
+    assert settings["ema_decay"]["default"] == 0.99
+    assert settings["predict_with"]["type"] == "teacher | student"

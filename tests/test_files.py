@@ -1,0 +1,82 @@
+import errno
+
+import pytest
+
+from scantly.errors import ConfigError, RunError
+from scantly.files import atomic_path, digest, read_json, read_yaml, write_json, write_text, write_yaml
+
+
+def test_the_file_appears_whole(tmp_path):
+    path = tmp_path / "deep" / "a.txt"
+    with atomic_path(path) as temporary:
+        temporary.write_text("whole")
+        assert not path.exists()
+    assert path.read_text() == "whole"
+    assert [p.name for p in path.parent.iterdir()] == ["a.txt"]
+
+
+def test_a_failure_leaves_the_earlier_file_and_nothing_else(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "earlier")
+
+    def fail():
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        fail()
+    assert path.read_text() == "earlier"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.txt"]
+
+
+def test_a_full_disk_is_told_and_leaves_the_earlier_file(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "earlier")
+
+    def fill():
+        with atomic_path(path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    with pytest.raises(RunError, match=r"a\.txt: No space left on device"):
+        fill()
+    assert path.read_text() == "earlier"
+
+
+def test_permissions_of_the_earlier_file_are_kept(tmp_path):
+    path = tmp_path / "a.txt"
+    write_text(path, "1")
+    path.chmod(0o640)
+    write_text(path, "2")
+    assert path.stat().st_mode & 0o777 == 0o640
+
+
+def test_json_and_yaml_round_trip(tmp_path):
+    value = {"a": [1, 2.5, None], "b": {"ü": "x"}}
+    write_json(tmp_path / "v.json", value)
+    write_yaml(tmp_path / "v.yaml", value)
+    assert read_json(tmp_path / "v.json") == read_yaml(tmp_path / "v.yaml") == value
+
+
+def test_nan_is_not_json(tmp_path):
+    with pytest.raises(ValueError, match="JSON"):
+        write_json(tmp_path / "v.json", {"a": float("nan")})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("text", ["[1, 2]", "a: [1", "!!python/object/apply:os.system ['true']"])
+def test_yaml_that_is_no_plain_mapping_is_refused(tmp_path, text):
+    path = tmp_path / "v.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=r"v\.yaml"):
+        read_yaml(path)
+
+
+def test_missing_files_are_named(tmp_path):
+    for read in (read_json, read_yaml):
+        with pytest.raises(ConfigError, match=r"nothing\.x does not exist"):
+            read(tmp_path / "nothing.x")
+
+
+def test_digest_ignores_the_order_of_keys():
+    assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})

@@ -1,0 +1,82 @@
+import pytest
+import torch
+from torch import nn
+
+from scantly.methods.base import Method, MethodConfig, OptimizerSpec, Task
+from scantly.training.config import TrainingSection
+from scantly.training.optimizers import TrainingHandles, learning_rate
+
+
+def test_poly_values_of_the_specification():
+    settings = TrainingSection()
+
+    def rate(t):
+        return 0.01 * learning_rate("poly", t + 1, 30_000, settings)  # advanced after each step
+
+    assert rate(0) == pytest.approx(0.01)
+    assert rate(7_500) == pytest.approx(0.0077189, abs=1e-7)
+    assert rate(15_000) == pytest.approx(0.0053589, abs=1e-7)
+    assert learning_rate("poly", 0, 30_000, settings) == learning_rate("poly", 1, 30_000, settings) == 1.0
+    assert learning_rate("poly", 29_999, 30_000, settings) > 0
+
+
+def test_step_schedule_cuts_after_2500_and_5000_of_6000():
+    settings = TrainingSection()
+    factors = [learning_rate("step", t, 6_000, settings) for t in (0, 2_499, 2_500, 4_999, 5_000)]
+    assert factors == pytest.approx([1, 1, 0.1, 0.1, 0.01])
+
+
+class Adversaries(Method):
+    """Two networks, each with its own optimizer."""
+
+    def __init__(self):
+        super().__init__(Task(1, ("b", "a"), 2, (16, 16)), MethodConfig())
+        self.g, self.d = nn.Linear(2, 2, bias=False), nn.Linear(2, 1, bias=False)
+
+    def losses(self, batch, progress):
+        return {}
+
+    @property
+    def predictor(self):
+        return self.g
+
+    def optimizers(self):
+        return {
+            "g": OptimizerSpec(self.g.parameters()),
+            "d": OptimizerSpec(self.d.parameters(), name="adam", lr=1e-3, schedule="constant"),
+        }
+
+
+def test_named_backward_keeps_the_other_network_clean():
+    method = Adversaries()
+    handles = TrainingHandles(method, TrainingSection(), 10)
+    handles.backward(method.d(method.g(torch.ones(1, 2))).sum(), "g")
+    assert method.g.weight.grad is not None
+    assert method.d.weight.grad is None
+    before = method.d.weight.clone()
+    handles.update("g")
+    assert method.g.weight.grad is None
+    assert torch.equal(method.d.weight, before)
+
+
+def test_each_optimizer_has_its_own_schedule_and_state():
+    method = Adversaries()
+    handles = TrainingHandles(method, TrainingSection(), 10)
+    handles.set_iteration(6)
+    assert handles.rates()["d"] == 1e-3
+    assert handles.rates()["g"] == pytest.approx(0.01 * 0.5**0.9)
+    handles.backward(method.d(method.g(torch.ones(1, 2))).sum())
+    handles.update("d")
+    state = handles.state_dict()
+    other = TrainingHandles(Adversaries(), TrainingSection(), 10)
+    other.load_state_dict(state)
+    assert other.state_dict()["d"]["state"].keys() == state["d"]["state"].keys()
+
+
+def test_clipping_bounds_the_norm_per_optimizer():
+    method = Adversaries()
+    handles = TrainingHandles(method, TrainingSection(gradient_clip=0.5, momentum=0, weight_decay=0), 10)
+    before = method.g.weight.detach().clone()
+    handles.backward(1000 * method.g(torch.ones(1, 2)).sum(), "g")
+    handles.update("g")
+    assert (method.g.weight - before).norm().item() == pytest.approx(0.01 * 0.5, rel=1e-4)

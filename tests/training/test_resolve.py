@@ -1,0 +1,110 @@
+import pytest
+import yaml
+
+from scantly.errors import ConfigError, DatasetError
+from scantly.settings import merge
+from scantly.training.resolve import flags_to_layer, known_recipes, parse_sets, plan, read_recipe, resolve
+
+
+def test_the_weaker_layer_gives_way(cohort, tmp_path, tiny):
+    file = tmp_path / "config.yaml"
+    file.write_text(yaml.safe_dump(merge(tiny, {"training": {"lr": 0.5, "momentum": 0.5, "steps": 5}})))
+    config = resolve(
+        cohort,
+        recipe="acdc-cpu",
+        config_file=file,
+        flags={"method": "mean_teacher", "steps": 7, "labeled": 2},
+        sets=["training.lr=0.25", "method.consistency=0.5"],
+    )
+    training = config.training
+    assert (training.power, training.precision) == (0.9, "bf16")  # default, recipe
+    assert (training.momentum, training.steps, training.lr) == (0.5, 7, 0.25)  # file, flag, --set
+    assert config.method["consistency"] == 0.5
+    assert config.method["published_iterations"] == 1500  # the recipe's methods section
+    assert config.method["ema_decay"] == 0.99
+    assert tuple(config.plan.size) == (32, 32)
+
+
+def test_protocol_variants_of_a_recipe(cohort):
+    flags = {"method": "mean_teacher", "labeled": 2}
+    clean = resolve(cohort, recipe="acdc", flags=flags)
+    published = resolve(cohort, recipe="acdc", flags={**flags, "protocol": "literature"})
+    assert (clean.plan.interpolation, published.plan.interpolation) == ("linear", "nearest")
+    assert (clean.method["predict_with"], published.method["predict_with"]) == ("teacher", "student")
+    assert published.evaluation.flaws
+    assert not clean.evaluation.flaws
+    assert published.data.augmentation.rotflip == "official"
+    assert clean.training.steps == 30_000
+
+
+def test_selection_is_the_last_iteration_without_test_cases(cohort, tiny, tmp_path):
+    config = resolve(cohort, flags={"method": "supervised"}, sets=tiny)
+    assert config.evaluation.selection == "best"
+    assert config.split["test"]
+
+
+def test_size_takes_the_order_of_the_literature():
+    assert flags_to_layer({"size": [112, 112, 80]}, resized=False) == {"plan": {"patch_size": [80, 112, 112]}}
+    assert flags_to_layer({"size": [64, 48]}, resized=True) == {
+        "plan": {"patch_size": [64, 48], "size": [64, 48]}
+    }
+
+
+def test_sets_are_read_as_yaml():
+    assert parse_sets(["a.b=1e-2", "a.c=[1, 2]", "d=null"]) == {"a": {"b": "1e-2", "c": [1, 2]}, "d": None}
+
+
+@pytest.mark.parametrize(
+    ("flags", "sets", "message"),
+    [
+        ({}, [], "no method given"),
+        ({"method": "mean_techer"}, [], "did you mean 'mean_teacher'"),
+        ({"method": "mean_teacher"}, ["method.consistancy=1"], "did you mean 'method.consistency'"),
+        ({"method": "mean_teacher"}, ["trainning.lr=1"], "did you mean 'training'"),
+        ({"method": "mean_teacher"}, ["training.lr=-1"], "training.lr.*-1"),
+        ({"method": "mean_teacher", "steps": 5}, ["training.steps=6"], "give one of the two"),
+        ({"method": "mean_teacher"}, ["training.steps"], "key=value"),
+        ({"method": "mean_teacher", "size": [64]}, [], "H W"),
+    ],
+)
+def test_faults_are_named(cohort, flags, sets, message):
+    with pytest.raises(ConfigError, match=message):
+        resolve(cohort, flags=flags, sets=sets)
+
+
+def test_all_faults_are_reported_together(cohort):
+    with pytest.raises(ConfigError, match=r"(?s)training\.steps.*training\.lr"):
+        resolve(cohort, flags={"method": "supervised"}, sets=["training.lr=-1", "training.steps=0"])
+
+
+def test_too_many_labeled_units(cohort):
+    with pytest.raises(DatasetError, match="500"):
+        resolve(cohort, flags={"method": "supervised", "labeled": 500})
+
+
+def test_a_flag_and_a_set_that_agree_are_fine(cohort):
+    config = resolve(cohort, flags={"method": "supervised", "steps": 5}, sets=["training.steps=5"])
+    assert config.training.steps == 5
+
+
+def test_a_share_may_be_given_as_text(cohort, tiny):
+    config = resolve(cohort, flags={"method": "supervised", "labeled": "2"}, sets=tiny)
+    assert len(config.split["labeled"]) == 2
+
+
+@pytest.mark.parametrize("name", known_recipes())
+def test_every_recipe_resolves_for_every_method_it_names(name, cohort):
+    recipe = read_recipe(name)
+    assert recipe["title"]
+    for method in ["supervised", *recipe.get("methods", {})]:
+        for kind in recipe.get("protocols", {"clean": {}}):
+            resolve(cohort, recipe=name, flags={"method": method, "protocol": kind})
+
+
+def test_unknown_recipe():
+    with pytest.raises(ConfigError, match="did you mean 'acdc'"):
+        read_recipe("acdcc")
+
+
+def test_plan_needs_no_method(cohort):
+    assert plan(cohort, recipe="demo").patch_size == (64, 64)

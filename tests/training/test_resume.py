@@ -1,0 +1,194 @@
+"""A run that is killed with SIGKILL anywhere and resumed ends with the weights of an undisturbed one."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import random
+import signal
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import pytest
+import torch
+
+from scantly.errors import RunError
+from scantly.methods.base import Method, MethodConfig, Stage
+from scantly.settings import merge
+from scantly.training import checkpoint, engine
+from scantly.training.checkpoint import load_checkpoint
+from scantly.training.resolve import resolve
+from scantly.training.run import Run
+from scantly.training.train import train_config
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["scantly.training.train"])
+
+
+def _kill() -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _train(config: Any, out: Path, kill_at: int | None, kill_in_save: int | None) -> None:
+    """Runs in a child process; kills itself before an iteration, or half-way through writing a checkpoint."""
+    torch.set_num_threads(1)
+    step, save = engine.Engine._step, torch.save
+    saves = 0
+
+    def stepping(self: Any, *args: Any) -> Any:
+        if self.iteration == kill_at:
+            _kill()
+        return step(self, *args)
+
+    def saving(state: Any, path: Path) -> None:
+        nonlocal saves
+        saves += "method" in state
+        save(state, path)
+        if saves == kill_in_save:
+            Path(path).write_bytes(Path(path).read_bytes()[:1000])
+            _kill()
+
+    engine.Engine._step = stepping  # type: ignore[method-assign]
+    checkpoint.torch.save = saving  # type: ignore[assignment]
+    train_config(config, out, resume=True, quiet=True)
+
+
+def run_process(config: Any, out: Path, *, kill_at: int | None = None, kill_in_save: int | None = None) -> int:
+    process = PROCESSES.Process(target=_train, args=(config, out, kill_at, kill_in_save))
+    process.start()
+    process.join(180)
+    assert process.exitcode is not None, "the training hangs"
+    return process.exitcode
+
+
+def configuration(cohort: Path, tiny: dict[str, Any], method: str, workers: int, store: Path) -> Any:
+    return resolve(
+        cohort,
+        flags={"method": method, "labeled": 2, "workers": workers, "store": str(store)},
+        sets=merge(tiny, {"training": {"seed": 3}}),
+    )
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("method", ["supervised", "mean_teacher"])
+def test_killed_anywhere_and_resumed_is_bit_identical(cohort, tiny, tmp_path, method, workers):
+    store = tmp_path / "store"
+    config = configuration(cohort, tiny, method, workers, store)
+    undisturbed = tmp_path / "undisturbed"
+    assert run_process(config, undisturbed) == 0
+
+    rng = random.Random(f"{method}{workers}")
+    out = tmp_path / "killed"
+    # before the first checkpoint (after 3), at random, while the second new one is written, at random again
+    for kill in (
+        {"kill_at": rng.choice([0, 1, 2])},
+        {"kill_at": rng.choice([4, 5])},
+        {"kill_in_save": 2},
+        {"kill_at": rng.choice([7, 8, 10, 11])},
+    ):
+        assert run_process(config, out, **kill) == -signal.SIGKILL
+        assert not Run.open(out).finished
+    assert run_process(config, out) == 0
+
+    assert (out / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
+    ours, theirs = (load_checkpoint(folder / "checkpoints/last.ckpt") for folder in (out, undisturbed))
+    for name, value in theirs["method"].items():
+        assert torch.equal(ours["method"][name], value), name
+    logs = [Run.open(folder).log() for folder in (out, undisturbed)]
+    timeless = [log[~log["name"].str.startswith("time/")].reset_index(drop=True) for log in logs]
+    pd.testing.assert_frame_equal(*timeless)
+
+
+class TwoStages(Method):
+    """A first stage on labels, then pseudo-labels with fresh optimizers, drawing from every generator."""
+
+    def __init__(self, task: Any, config: MethodConfig) -> None:
+        super().__init__(task, config)
+        self.network = task.network()
+        self.register_buffer("relabeled", torch.zeros(()))
+
+    def stages(self) -> list[Stage]:
+        return [
+            Stage("labels", share=2, labeled_only=True, labeled_batch_size=3),
+            Stage("more", share=1, restart_optimizers=False, all_classes=True),
+            Stage("pseudo", share=3, relabel=True),
+        ]
+
+    def start_stage(self, stage: Stage) -> None:
+        torch.nn.init.normal_(self.network.head.bias)  # from the global generator, as new heads would be
+
+    def losses(self, batch: Any, progress: Any) -> dict[str, torch.Tensor]:
+        assert (progress.stage == "pseudo") == (batch.pseudo_labels is not None)
+        assert len(batch.labeled) == (3 if progress.stage == "labels" else 2)
+        logits = self.network(batch.labeled + torch.rand(1, generator=self.generator))
+        terms = {"labeled": torch.nn.functional.cross_entropy(logits, batch.labels)}
+        if batch.pseudo_labels is not None:
+            self.relabeled += 1
+            assert batch.pseudo_labels.shape == batch.unlabeled[:, 0].shape
+            terms["pseudo"] = torch.nn.functional.cross_entropy(self.network(batch.unlabeled), batch.pseudo_labels)
+        return terms
+
+    @property
+    def predictor(self) -> torch.nn.Module:
+        return self.network
+
+
+def test_stages_share_the_budget_and_resume_at_their_borders(cohort, tiny, tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    monkeypatch.setattr("scantly.methods.catalogue.load", lambda name: TwoStages)
+    config = configuration(cohort, merge(tiny, {"training": {"checkpoint_every": 1}}), "supervised", 0, tmp_path / "s")
+    whole = train_config(config, tmp_path / "whole", quiet=True)
+    log = whole.log()
+    assert log.groupby("stage", sort=False)["iteration"].agg(["min", "max"]).to_numpy().tolist() == [
+        [1, 4],
+        [5, 6],
+        [7, 12],
+    ]
+    original = engine.Engine._step
+    for stop in (3, 4, 6, 9):  # inside a stage and exactly at each border
+        out = tmp_path / f"stopped-{stop}"
+
+        def stepping(self: Any, *args: Any, stop: int = stop) -> Any:
+            if self.iteration == stop:
+                raise InterruptedError
+            return original(self, *args)
+
+        monkeypatch.setattr(engine.Engine, "_step", stepping)
+        with pytest.raises(InterruptedError):
+            train_config(config, out, quiet=True)
+        monkeypatch.setattr(engine.Engine, "_step", original)
+        train_config(config, out, resume=True, quiet=True)
+        assert (out / "model.safetensors").read_bytes() == whole.model_path.read_bytes(), stop
+    state = load_checkpoint(whole.last_checkpoint)
+    assert state["method"]["relabeled"] == 6
+    assert len(list((whole.folder / "pseudo_labels" / "2-pseudo").glob("*.b2nd"))) == len(config.split["unlabeled"])
+
+
+def test_learning_rate_schedule_runs_anew_only_where_the_stage_says_so(cohort, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("scantly.methods.catalogue.load", lambda name: TwoStages)
+    config = configuration(cohort, tiny, "supervised", 0, tmp_path / "s")
+    log = train_config(config, tmp_path / "run", quiet=True).log()
+    rates = log[log["name"] == "lr/main"].set_index("iteration")["value"]
+    assert rates[1] == rates[5] == rates[7] == pytest.approx(0.01)
+
+
+def test_a_finished_run_is_not_trained_again(cohort, tiny, tmp_path, monkeypatch):
+    config = configuration(cohort, tiny, "supervised", 0, tmp_path / "s")
+    run = train_config(config, tmp_path / "run", quiet=True)
+    before = run.model_path.stat().st_mtime_ns
+    monkeypatch.setattr(engine.Engine, "fit", lambda self: pytest.fail("trained again"))
+    assert train_config(config, tmp_path / "run", quiet=True).model_path.stat().st_mtime_ns == before
+
+
+def test_the_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(cohort, tiny, tmp_path):
+    config = configuration(cohort, merge(tiny, {"training": {"lr": 1e9}}), "supervised", 0, tmp_path / "s")
+    with pytest.raises(RunError, match="lower training.lr"):
+        train_config(config, tmp_path / "run", quiet=True)
+
+
+def test_a_damaged_checkpoint_is_told(tmp_path):
+    path = tmp_path / "last.ckpt"
+    path.write_bytes(b"PK\x03\x04 not a checkpoint")
+    with pytest.raises(RunError, match="last.ckpt cannot be read"):
+        load_checkpoint(path)
