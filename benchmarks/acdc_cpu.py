@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-
 from _common import write_result
+
 from scantly.training.resolve import resolve
 from scantly.training.run import Run
 from scantly.training.train import train_config
@@ -28,9 +28,7 @@ def cells(arguments: argparse.Namespace) -> list[tuple[str, str, int]]:
     """(method, labeled, seed) in the order in which they are trained: one seed after the other."""
     return [
         (method, labeled, seed)
-        for seed, labeled, method in itertools.product(
-            arguments.seeds, arguments.labeled, arguments.methods
-        )
+        for seed, labeled, method in itertools.product(arguments.seeds, arguments.labeled, arguments.methods)
         if not (labeled == "all" and method != "supervised")
     ]
 
@@ -80,9 +78,7 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     for labeled, method in itertools.product(arguments.labeled, arguments.methods):
         found = [row for row in rows if (row["method"], row["labeled"]) == (method, labeled)]
         if found:
-            mean = {
-                key: statistics.fmean(row[key] for row in found) for key in found[0] if key.startswith("dice")
-            }
+            mean = {key: statistics.fmean(row[key] for row in found) for key in found[0] if key.startswith("dice")}
             spread = statistics.stdev(row["dice"] for row in found) if len(found) > 1 else None
             over_seeds.append(
                 {"method": method, "labeled": labeled, "seeds": len(found), **mean, "std over seeds": spread}
@@ -98,9 +94,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="JSON file of the table")
     parser.add_argument("--recipe", default="acdc-cpu")
     parser.add_argument("--methods", nargs="+", default=["supervised", "mean_teacher"])
-    parser.add_argument(
-        "--labeled", nargs="+", default=["3", "7", "all"], help="patients; 'all' is supervised only"
-    )
+    parser.add_argument("--labeled", nargs="+", default=["3", "7", "all"], help="patients; 'all' is supervised only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--set", nargs="+", default=[], help="settings for every cell")
     parser.add_argument("--share", default="0/1", help="this process's share of the cells, for instance 0/2")

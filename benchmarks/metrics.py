@@ -50,9 +50,7 @@ def structure(workload: Workload, deformation: float = 0.0) -> Labels:
     axes = np.meshgrid(*[np.arange(n, dtype=np.float32) for n in workload.shape], indexing="ij", sparse=True)
     places = zip(axes, workload.shape, workload.radii, strict=True)
     distance = sum(((axis - n / 2) / radius) ** 2 for axis, n, radius in places)
-    bumps, others = (
-        rng.normal(size=[n // 12 + 1 for n in workload.shape]).astype(np.float32) for _ in range(2)
-    )
+    bumps, others = (rng.normal(size=[n // 12 + 1 for n in workload.shape]).astype(np.float32) for _ in range(2))
     coarse = 0.3 * bumps + deformation * others
     factors = [n / m for n, m in zip(workload.shape, coarse.shape, strict=True)]
     return (distance + zoom(coarse, factors, order=1) < 1).astype(np.uint8)
@@ -91,9 +89,7 @@ def measure(workload: Workload, repetitions: int) -> dict[str, object]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--repetitions", type=int, default=3, help="of medpy; ours five times as many")
     arguments = parser.parse_args()

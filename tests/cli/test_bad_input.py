@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
 import signal
 import subprocess
@@ -16,14 +17,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from conftest import AFFINE, Command, contents
+from cli_helpers import AFFINE, Command, contents
 
 METHOD = ("--method", "supervised")
 
 
 @pytest.fixture
 def fails(scantly: Command, small: tuple[str, ...], tmp_path: Path):
-    """Train on a spoilt folder; gives the sentence, after seeing that the status is 2 and nothing was trained."""
+    """Train on a spoilt folder: the status is 2, nothing was trained; gives the sentence."""
 
     def run(dataset: Path, *words: str | Path) -> str:
         before = contents(dataset)
@@ -168,9 +169,7 @@ def test_a_run_folder_of_another_configuration(scantly, small, sound: Path, trai
     outcome = scantly("train", sound, *METHOD, "--out", trained, *small, "--labeled", "3", "--seed", "5")
     assert outcome.status == 2
     assert "Traceback" not in outcome.err
-    assert outcome.err.startswith(
-        f"scantly: {trained} holds a run of another configuration; choose another --out."
-    )
+    assert outcome.err.startswith(f"scantly: {trained} holds a run of another configuration; choose another --out.")
     assert "  training.seed: 1337 -> 5\n" in outcome.err
     assert "  data.labeled: 2 -> 3\n" in outcome.err
     assert contents(trained) == before
@@ -243,7 +242,7 @@ from scantly.training.engine import Engine
 step = Engine._step
 def slow_step(*arguments):
     print("step", flush=True)
-    time.sleep(0.05)
+    time.sleep(0.3)
     return step(*arguments)
 Engine._step = slow_step
 from scantly.cli import main
@@ -253,26 +252,29 @@ main()
 
 def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on(scantly, small, sound: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = ["train", str(sound), *METHOD, "--labeled", "2", "--out", str(out), *small]
-    words[words.index("--steps") + 1] = "200"
-    words[words.index("training.checkpoint_every=2")] = "training.checkpoint_every=200"
+    words = ["train", str(sound), *METHOD, "--labeled", "2", "--out", str(out), "--workers", "2", *small]
+    words[words.index("--steps") + 1] = "30"
+    words[words.index("training.checkpoint_every=2")] = "training.checkpoint_every=30"
     with subprocess.Popen(
         [sys.executable, "-c", SLOW_TRAINING, *words],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        start_new_session=True,
     ) as process:
         assert process.stdout is not None
         assert process.stdout.readline() == "step\n"
-        process.send_signal(signal.SIGINT)
+        os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the loader's processes too
         _, err = process.communicate(timeout=60)
     assert process.returncode == 2
     assert "Traceback" not in err
-    last = err.splitlines()[-1]
-    assert last.startswith("scantly: stopped after iteration ")
-    assert "--resume" in last
+    said, sentence = err.splitlines()[-2:]
+    assert said == "stopping after this iteration; again to stop at once"
+    assert err.count(said) == 1
+    assert sentence.startswith("scantly: stopped after iteration ")
+    assert "--resume" in sentence
     iteration = torch.load(out / "checkpoints" / "last.ckpt", weights_only=True)["iteration"]
-    assert 0 < iteration < 200
+    assert 0 < iteration < 30
     assert not (out / "model.safetensors").exists()
 
     refused = scantly(*words)
@@ -280,7 +282,7 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on(scantly, small, sound: Pa
     assert "--resume" in refused.sentence
     resumed = scantly(*words, "--resume")
     assert resumed.status == 0, resumed.err
-    assert f"resuming after iteration {iteration} of 200" in resumed.err
+    assert f"resuming after iteration {iteration} of 30" in resumed.err
     assert (out / "model.safetensors").is_file()
 
 

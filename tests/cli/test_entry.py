@@ -32,9 +32,7 @@ def process(code: str, *words: str, **options: object) -> subprocess.CompletedPr
     )
 
 
-@pytest.mark.parametrize(
-    "words", [["--help"], ["--version"], ["train", "--help"], ["methods"], ["methods", "--json"]]
-)
+@pytest.mark.parametrize("words", [["--help"], ["--version"], ["train", "--help"], ["methods"], ["methods", "--json"]])
 def test_quick_answers_import_nothing_heavy(words: list[str]) -> None:
     done = process(REPORT_IMPORTS, *words)
     assert done.returncode == 0
@@ -48,11 +46,7 @@ def test_version(scantly) -> None:
 
 def test_help_lists_the_commands_and_each_help_ends_with_examples(scantly) -> None:
     text = scantly("--help").out
-    listed = [
-        line.split()[0]
-        for line in text.split("Commands:")[1].split("Examples:")[0].splitlines()
-        if line.strip()
-    ]
+    listed = [line.split()[0] for line in text.split("Commands:")[1].split("Examples:")[0].splitlines() if line.strip()]
     assert listed == ["demo", "methods", "init", "check", "plan", "train", "predict", "evaluate", "compare"]
     for command in listed:
         examples = scantly(command, "--help").out.split("Examples:")[1].split("\n")[1:-1]
@@ -119,10 +113,7 @@ def test_a_path_that_the_system_refuses_is_a_sentence(scantly, tmp_path: Path, m
     monkeypatch.setattr("scantly.data.checks.check", refuse)
     outcome = scantly("check", tmp_path)
     assert outcome.status == 2
-    assert (
-        outcome.sentence
-        == f"cannot use {tmp_path / 'dataset.json'}: Permission denied; check its permissions."
-    )
+    assert outcome.sentence == f"cannot use {tmp_path / 'dataset.json'}: Permission denied; check its permissions."
 
 
 def test_ctrl_c_outside_a_training_is_a_sentence(scantly, tmp_path: Path, monkeypatch) -> None:

@@ -88,9 +88,7 @@ def places(rows: torch.Tensor) -> list[tuple[str, int, int, int]]:
 
 
 def same(a: RawBatch, b: RawBatch) -> bool:
-    tensors = all(
-        torch.equal(getattr(a, name), getattr(b, name)) for name in ("labeled", "labels", "unlabeled")
-    )
+    tensors = all(torch.equal(getattr(a, name), getattr(b, name)) for name in ("labeled", "labels", "unlabeled"))
     return tensors and (a.labeled_cases, a.unlabeled_cases) == (b.labeled_cases, b.unlabeled_cases)
 
 
@@ -294,10 +292,7 @@ def test_small_cases_are_surrounded_by_zeros(store: Store, dims: int, patch: tup
 
 
 def test_cases_of_different_size_share_a_batch(tmp_path: Path) -> None:
-    cases = {
-        name: (np.ones((1, *shape)), np.ones(shape))
-        for name, shape in (("a", (3, 40, 10)), ("b", (30, 8, 90)))
-    }
+    cases = {name: (np.ones((1, *shape)), np.ones(shape)) for name, shape in (("a", (3, 40, 10)), ("b", (30, 8, 90)))}
     dataset = write_dataset(tmp_path / "d", cases)
     plan = plan_of(3, patch_size=(16, 16, 16))
     one = build_store(dataset, ["a", "b"], plan, root=tmp_path, with_labels=["a", "b"])
@@ -358,9 +353,7 @@ def test_pinning_keeps_everything_and_pins_every_tensor(
     for name in UNLABELED:
         pseudo.write(name, np.zeros((DEPTH, HEIGHT, WIDTH), dtype=np.uint8))
     pinned: list[int] = []
-    monkeypatch.setattr(
-        torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.data_ptr()) or tensor.clone()
-    )
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: pinned.append(tensor.data_ptr()) or tensor.clone())
     batch = source_of(store, pseudo_labels=pseudo)[0]
     assert same(batch.pin_memory(), batch)
     assert batch.pseudo_labels is not None
@@ -382,9 +375,7 @@ def test_a_labeled_case_without_label_is_refused(store: Store) -> None:
     assert source_of(store, rows=(2, 0), unlabeled=())[0].unlabeled_cases == ()
 
 
-@pytest.mark.parametrize(
-    "numbers", [{"rows": (0, 1)}, {"rows": (1, -1)}, {"seed": -1}, {"rank": 2, "world_size": 2}]
-)
+@pytest.mark.parametrize("numbers", [{"rows": (0, 1)}, {"rows": (1, -1)}, {"seed": -1}, {"rank": 2, "world_size": 2}])
 def test_numbers_out_of_range_are_refused(store: Store, numbers: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="batches of"):
         source_of(store, **numbers)

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import folders
+import dataset_folders as folders
 import numpy as np
 import PIL.Image
 import pytest

@@ -80,9 +80,7 @@ def test_finer_grid_shows_the_same_anatomy() -> None:
     _, fine = generate_subject(1, 2, (8, 144, 144))
     for value in (RV, MYO, LV):  # volumes as shares of the box
         assert (fine == value).mean() == pytest.approx((coarse == value).mean(), rel=0.06)
-    np.testing.assert_array_equal(
-        fine[:, 1::3, 1::3], coarse
-    )  # the middle of three fine voxels is a coarse one
+    np.testing.assert_array_equal(fine[:, 1::3, 1::3], coarse)  # the middle of three fine voxels is a coarse one
 
 
 def test_written_cohort_is_a_dataset_folder(tmp_path: Path) -> None:

@@ -191,9 +191,7 @@ def test_one_normalization_serves_all_channels_and_another_number_is_refused(tmp
         ({"spatial_dims": 4}, "spatial_dims"),
     ],
 )
-def test_what_does_not_fit_is_refused_with_the_cure(
-    tmp_path: Path, values: dict[str, Any], message: str
-) -> None:
+def test_what_does_not_fit_is_refused_with_the_cure(tmp_path: Path, values: dict[str, Any], message: str) -> None:
     dataset = dataset_of(tmp_path, (9, 24, 32), (10, 1.5, 1.5))
     with pytest.raises(ConfigError, match=message):
         make_plan(dataset, split(["a"], ["b"]), overrides=values)
@@ -257,8 +255,6 @@ def test_a_split_without_training_cases_is_refused(tmp_path: Path) -> None:
 
 def test_label_on_another_grid_is_named(tmp_path: Path) -> None:
     dataset, _ = ct_dataset(tmp_path)
-    save(
-        tmp_path / "labelsTr" / "a.nii.gz", np.zeros((20, 12, 11), dtype=np.uint8), np.diag([-1, -1, 1, 1.0])
-    )
+    save(tmp_path / "labelsTr" / "a.nii.gz", np.zeros((20, 12, 11), dtype=np.uint8), np.diag([-1, -1, 1, 1.0]))
     with pytest.raises(DatasetError, match=r"a\.nii\.gz.*shape"):
         make_plan(dataset, split(["a", "b"], ["c"]))

@@ -99,9 +99,7 @@ def test_spacing_resamples_in_plane_in_2d_and_all_axes_in_3d() -> None:
 def test_normalization_sees_the_whole_image_and_the_crop_comes_after() -> None:
     array = np.full((1, 1, 10, 5), 3.0)
     array[0, 0, 0, 0], array[0, 0, 9, 4] = 1, 5
-    prepared, record = prepare(
-        image_of(array), plan_of(crop_fraction=0.7, normalization=[{"scheme": "minmax"}])
-    )
+    prepared, record = prepare(image_of(array), plan_of(crop_fraction=0.7, normalization=[{"scheme": "minmax"}]))
     # 0.7 of 10 is 7, one of the three others comes before; 0.7 of 5 is 3.5: 4 stay, none before
     assert record.crop == ((0, 1), (1, 8), (0, 4))
     np.testing.assert_allclose(prepared, np.full((1, 1, 7, 4), 0.5))
@@ -230,9 +228,7 @@ def test_nearest_plans_restore_probabilities_on_their_own_grid() -> None:
     first = np.random.default_rng(0).random((1, 10, 12)).astype(np.float32)
     back = restore(np.stack([first, 1 - first]), record, plan)
     # corners coincide
-    np.testing.assert_allclose(
-        back[0, 0, [0, 0, -1, -1], [0, -1, 0, -1]], first[0, [0, 0, -1, -1], [0, -1, 0, -1]]
-    )
+    np.testing.assert_allclose(back[0, 0, [0, 0, -1, -1], [0, -1, 0, -1]], first[0, [0, 0, -1, -1], [0, -1, 0, -1]])
 
 
 def test_labels_outside_the_crop_are_background() -> None:

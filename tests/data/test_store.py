@@ -162,9 +162,7 @@ def test_a_changed_label_is_prepared_again(dataset: Dataset, build: Callable[...
     assert list(store.foreground("a")) == [2]
 
 
-def test_a_killed_preparation_leaves_no_store_and_goes_on(
-    build: Callable[..., Store], tmp_path: Path
-) -> None:
+def test_a_killed_preparation_leaves_no_store_and_goes_on(build: Callable[..., Store], tmp_path: Path) -> None:
     def die(done: int, total: int, name: str) -> None:
         assert (total, name) == (3, NAMES[done - 1])
         if done == 2:
@@ -245,9 +243,7 @@ def test_preparation_is_the_same_to_the_byte(dataset: Dataset, tmp_path: Path) -
     assert len(contents[0]) > 8
 
 
-def test_default_cache_is_the_environments(
-    dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_default_cache_is_the_environments(dataset: Dataset, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SCANTLY_CACHE", str(tmp_path / "elsewhere"))
     store = build_store(dataset, ["a"], plan_of(), with_labels=[])
     assert Path(store.url).is_relative_to(tmp_path / "elsewhere")
@@ -364,9 +360,7 @@ def test_no_store_is_said_to_be_none(tmp_path: Path, build: Callable[..., Store]
         build().shape("z")
 
 
-def test_bad_cases_are_named_with_the_cure(
-    dataset: Dataset, build: Callable[..., Store], tmp_path: Path
-) -> None:
+def test_bad_cases_are_named_with_the_cure(dataset: Dataset, build: Callable[..., Store], tmp_path: Path) -> None:
     labels, images = dataset.root / "labelsTr", dataset.root / "imagesTr"
     build()
     before = written(tmp_path / "cache")

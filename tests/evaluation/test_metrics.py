@@ -65,9 +65,7 @@ def test_equal_to_medpy(
     assert_allclose(dice(prediction, reference), binary.dc(prediction, reference), atol=1e-6)
     assert_allclose(jaccard(prediction, reference), binary.jc(prediction, reference), atol=1e-6)
     for ours, theirs in ((hd95, binary.hd95), (asd, binary.asd), (assd, binary.assd)):
-        assert_allclose(
-            ours(prediction, reference, spacing), theirs(prediction, reference, spacing), rtol=0, atol=1e-6
-        )
+        assert_allclose(ours(prediction, reference, spacing), theirs(prediction, reference, spacing), rtol=0, atol=1e-6)
     row = score_case(prediction, reference, classes=("background", "x"), spacing=spacing, case=name)[0]
     for metric in DISTANCES:
         theirs = getattr(binary, metric)
@@ -87,9 +85,7 @@ def test_single_slice_is_measured_as_a_2d_image() -> None:
     flat = prediction[0], reference[0]
     for ours, theirs in ((hd95, binary.hd95), (asd, binary.asd), (assd, binary.assd)):
         assert ours(prediction, reference) == pytest.approx(theirs(*flat), abs=1e-9)
-        assert ours(prediction, reference, (10.0, 0.5, 1.5)) == pytest.approx(
-            theirs(*flat, (0.5, 1.5)), abs=1e-9
-        )
+        assert ours(prediction, reference, (10.0, 0.5, 1.5)) == pytest.approx(theirs(*flat, (0.5, 1.5)), abs=1e-9)
     assert hd95(prediction, reference) != pytest.approx(binary.hd95(prediction, reference))
     rows = score_case(prediction, reference, classes=("background", "x"), spacing=(10, 0.5, 1.5), case="a")
     assert rows == score_case(*flat, classes=("background", "x"), spacing=(0.5, 1.5), case="a")
@@ -154,9 +150,7 @@ def test_moving_both_masks_changes_nothing(pair: tuple[np.ndarray, np.ndarray], 
 
 @settings(max_examples=40, deadline=None)
 @given(masks, st.sampled_from([(1, 1, 1), (2.5, 0.8, 0.8), (0.3, 0.3, 7), (1.1, 2.3, 0.9)]))
-def test_distances_equal_brute_force(
-    pair: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float]
-) -> None:
+def test_distances_equal_brute_force(pair: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float]) -> None:
     pair = tuple(mask[0] if mask.ndim == 3 and mask.shape[0] == 1 else mask for mask in pair)
     size = spacing[-pair[0].ndim :]
     points = [np.array(list(_surface(mask))) * size for mask in pair]
@@ -246,9 +240,9 @@ def test_tolerance_in_mm_applies_to_anisotropic_and_isotropic_spacing() -> None:
         ((0.6, 1.0, 1.0), 1.8, 1.0),
         ((0.6, 1.0, 1.0), 1.7, 0.0),
     ):
-        row = score_case(
-            prediction, reference, classes=("b", "x"), spacing=spacing, case="a", tolerance_mm=tolerance
-        )[0]
+        row = score_case(prediction, reference, classes=("b", "x"), spacing=spacing, case="a", tolerance_mm=tolerance)[
+            0
+        ]
         assert (row["nsd_mm"], row["nsd_voxels"]) == (expected, 0.0)
         assert row["hd95_mm"] == pytest.approx(3 * spacing[0])
 
@@ -262,9 +256,7 @@ def test_unknown_spacing_gives_no_mm() -> None:
 
 def test_case_errors_name_case_value_and_cure() -> None:
     prediction, reference = four_cases()
-    with pytest.raises(
-        ImageError, match=r"p1: the reference holds label 2, but the classes are 0 to 1 \(b, x\)"
-    ):
+    with pytest.raises(ImageError, match=r"p1: the reference holds label 2, but the classes are 0 to 1 \(b, x\)"):
         score_case(np.minimum(prediction, 1), reference, classes=("b", "x"), spacing=None, case="p1")
     with pytest.raises(ImageError, match="p1: the prediction holds label -1"):
         score_case(-prediction.astype(int).clip(0, 1), reference, classes=CLASSES, spacing=None, case="p1")

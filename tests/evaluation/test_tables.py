@@ -92,9 +92,7 @@ def test_definitions_are_the_columns_that_cases_are_scored_in() -> None:
 
 
 def test_tables_are_read_back_bit_for_bit(tmp_path: Path) -> None:
-    table = table_of(
-        {"007": {"NA": 1 / 3, "None, or so": "both_empty"}, "nan": {"NA": 0.1, "None, or so": "missed"}}
-    )
+    table = table_of({"007": {"NA": 1 / 3, "None, or so": "both_empty"}, "nan": {"NA": 0.1, "None, or so": "missed"}})
     save_table(table, tmp_path / "evaluation" / "val.csv")
     back = load_table(tmp_path / "evaluation" / "val.csv")
     pd.testing.assert_frame_equal(back, table, check_exact=True)

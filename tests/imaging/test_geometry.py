@@ -14,9 +14,7 @@ from nibabel.orientations import axcodes2ornt, inv_ornt_aff, io_orientation, orn
 from scantly.imaging import Geometry, from_canonical, geometry_difference, grid, to_canonical
 
 CODES = [
-    "".join(letters)
-    for axes in itertools.permutations(("LR", "PA", "IS"))
-    for letters in itertools.product(*axes)
+    "".join(letters) for axes in itertools.permutations(("LR", "PA", "IS")) for letters in itertools.product(*axes)
 ]
 
 
@@ -63,9 +61,7 @@ def test_canonical_agrees_with_nibabel_and_is_undone_exactly(codes: str) -> None
     channels=st.integers(1, 2),
 )
 @settings(max_examples=60, deadline=None)
-def test_oblique_grids_round_trip_too(
-    shape: tuple[int, int, int], codes: str, angle: float, channels: int
-) -> None:
+def test_oblique_grids_round_trip_too(shape: tuple[int, int, int], codes: str, angle: float, channels: int) -> None:
     turn = np.eye(4)
     turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]
     geometry = Geometry(shape, turn @ affine_of(codes))

@@ -62,6 +62,17 @@ def test_tiff_values(tmp_path: Path, dtype: type, compression: str | None) -> No
     np.testing.assert_array_equal(imaging.read_image([tmp_path / "a.tif"]).array[0, 0], PIXELS)
 
 
+def test_pixels_that_are_not_in_the_file_are_not_made_up(tmp_path: Path) -> None:
+    path = tmp_path / "a.tif"
+    tifffile.imwrite(path, np.ones((40, 4), np.uint8), rowsperstrip=10)
+    with tifffile.TiffFile(path, mode="r+") as file:
+        counts = file.pages[0].tags["StripByteCounts"]
+        assert len(counts.value) == 4
+        counts.overwrite((40, 40, 0, 40))
+    with pytest.raises(ImageError, match=r"a\.tif lacks a part of its pixels"):
+        imaging.read_image([path])
+
+
 def test_lzw_and_planar_tiff(tmp_path: Path) -> None:
     PIL.Image.fromarray(PIXELS).save(tmp_path / "lzw.tif", compression="tiff_lzw")
     np.testing.assert_array_equal(imaging.read_label(tmp_path / "lzw.tif").array[0], PIXELS)
@@ -138,9 +149,7 @@ def test_every_truncation_is_found_in_pictures(tmp_path: Path, name: str) -> Non
     path = tmp_path / name
     imaging.write_label(path, array, imaging.Geometry((1, 9, 8), imaging.grid(), spatial_dims=2))
     whole = path.read_bytes()
-    last = (
-        len(whole) - 12 if name == "a.png" else len(whole)
-    )  # without its empty end mark a PNG is still whole
+    last = len(whole) - 12 if name == "a.png" else len(whole)  # without its empty end mark a PNG is still whole
     for length in range(0, last, 3):
         path.write_bytes(whole[:length])
         with pytest.raises(ImageError):

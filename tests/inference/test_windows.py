@@ -34,9 +34,7 @@ def expected(array):
 )
 def test_every_tiling_equals_the_voxelwise_result(dims, shape, patch):
     array = np.random.default_rng(0).normal(size=(1, *shape)).astype(np.float32)
-    probs = predict_array(
-        Pointwise(), array, spatial_dims=dims, patch_size=patch, device=torch.device("cpu")
-    )
+    probs = predict_array(Pointwise(), array, spatial_dims=dims, patch_size=patch, device=torch.device("cpu"))
     assert probs.shape == (3, *shape)
     np.testing.assert_allclose(probs, expected(array), atol=1e-5)
 

@@ -104,9 +104,7 @@ def test_first_update_copies_the_student_and_buffers_follow_the_setting():
             p.add_(1.0)
     mt.student(batch().labeled + 3)
     mt.after_step(Progress(0, 10))
-    for (name, ours), theirs in zip(
-        mt.teacher.state_dict().items(), mt.student.state_dict().values(), strict=True
-    ):
+    for (name, ours), theirs in zip(mt.teacher.state_dict().items(), mt.student.state_dict().values(), strict=True):
         assert torch.equal(ours, theirs), name
 
 

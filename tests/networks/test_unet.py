@@ -14,9 +14,7 @@ def test_the_community_unet_has_its_published_size():
 
 
 def test_half_width():
-    network = build(
-        "unet", spatial_dims=2, in_channels=1, out_channels=4, arguments={"widths": [8, 16, 32, 64, 128]}
-    )
+    network = build("unet", spatial_dims=2, in_channels=1, out_channels=4, arguments={"widths": [8, 16, 32, 64, 128]})
     assert parameters(network) == 454_788
 
 
@@ -30,7 +28,13 @@ def test_encode_and_decode_make_forward():
     network = UNet(2, 1, 3).eval()
     images = torch.randn(1, 1, 32, 32)
     features = network.encode(images)
-    assert [tuple(f.shape[1:]) for f in features] == [(16, 32, 32), (32, 16, 16), (64, 8, 8), (128, 4, 4), (256, 2, 2)]
+    assert [tuple(f.shape[1:]) for f in features] == [
+        (16, 32, 32),
+        (32, 16, 16),
+        (64, 8, 8),
+        (128, 4, 4),
+        (256, 2, 2),
+    ]
     torch.testing.assert_close(network.decode(features), network(images), rtol=0, atol=0)
 
 
@@ -43,14 +47,12 @@ def test_block_order_and_slope():
 
 
 def test_a_side_that_cannot_be_halved_is_refused_with_the_cure():
-    with pytest.raises(ConfigError, match="multiples of 16.*--size"):
+    with pytest.raises(ConfigError, match=r"multiples of 16.*--size"):
         UNet(2, 1, 2)(torch.zeros(1, 1, 40, 32))
 
 
 def test_a_network_of_monai_by_name():
-    network = build(
-        "SegResNet", spatial_dims=2, in_channels=1, out_channels=3, arguments={"init_filters": 8}
-    )
+    network = build("SegResNet", spatial_dims=2, in_channels=1, out_channels=3, arguments={"init_filters": 8})
     assert type(network).__module__.startswith("monai.")
     assert network(torch.zeros(1, 1, 32, 32)).shape == (1, 3, 32, 32)
     assert {"unet", "DynUNet", "SwinUNETR"} <= set(known_networks())

@@ -39,9 +39,7 @@ def test_short_axis_heart_is_planned_in_2d_and_left_atrium_in_3d(real_data: Path
     assert atrium.spacing == (0.625, 0.625, 0.625)
 
 
-def test_three_labeled_patients_are_68_slices_prepared_as_in_the_literature(
-    real_data: Path, tmp_path: Path
-) -> None:
+def test_three_labeled_patients_are_68_slices_prepared_as_in_the_literature(real_data: Path, tmp_path: Path) -> None:
     dataset = Dataset.open(real_data / "acdc")
     split = resolve_split(dataset, labeled=3)
     unlabeled = split.unlabeled[:2]
@@ -63,9 +61,7 @@ def test_three_labeled_patients_are_68_slices_prepared_as_in_the_literature(
         factors = (256 / height, 256 / width)
         expected = ndimage.zoom(scaled[z], factors, order=0)
         np.testing.assert_allclose(store.read_image(name, index)[0, 0], expected, atol=1e-6)
-        np.testing.assert_array_equal(
-            store.read_label(name, index)[0], ndimage.zoom(label[z], factors, order=0)
-        )
+        np.testing.assert_array_equal(store.read_label(name, index)[0], ndimage.zoom(label[z], factors, order=0))
 
 
 def test_labels_go_to_the_store_and_back_with_hardly_a_voxel_lost(real_data: Path, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,50 +28,65 @@ def cohort(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_phantom(folder, subjects=8, val=1, test=4, size=(5, 40, 48), seed=1)
 
 
+def write_run(
+    root: Path,
+    cohort: Path,
+    name: str,
+    *,
+    method: str = "supervised",
+    labeled: int = 1,
+    seed: int = 0,
+    shift: int = 1,
+    lose: str | None = None,
+    settings: Mapping[str, Any] | None = None,
+    evaluate: bool = True,
+) -> Run:
+    """Write an evaluated run folder whose predictions are the labels moved by ``shift`` pixels."""
+    folder = root / name
+    splits = read_json(cohort / "splits.json")
+    config = merge(
+        {
+            "recipe": None,
+            "data": {"dataset": str(cohort), "labeled": labeled},
+            "plan": {"patch_size": [40, 48], "reasons": {"patch_size": "fits"}},
+            "method": {"name": method, **({"consistency": 0.1} if method != "supervised" else {})},
+            "training": {"steps": 60, "seed": seed, "lr": 0.01},
+            "evaluation": {"protocol": "clean", "flaws": []},
+            "split": {
+                "labeled": splits["train"][:labeled],
+                "unlabeled": splits["train"][labeled:],
+                "val": splits["val"],
+                "test": splits["test"],
+                "unit": "subject",
+                "groups": splits["groups"],
+            },
+        },
+        settings or {},
+    )
+    write_yaml(folder / "config.yaml", config)
+    write_json(folder / "environment.json", {"scantly": "0", "threads": 1, "packages": {"torch": "2"}})
+    write_text(folder / "log" / "metrics.csv", _log(method))
+    if evaluate:
+        _evaluate(folder, cohort, config, shift, lose)
+    return Run.open(folder)
+
+
 @pytest.fixture
 def make_run(tmp_path: Path, cohort: Path) -> MakeRun:
-    """Write an evaluated run folder whose predictions are the labels moved by ``shift`` pixels."""
+    """Write a run below the test's own folder."""
+    return partial(write_run, tmp_path, cohort)
 
-    def make(
-        name: str,
-        *,
-        method: str = "supervised",
-        labeled: int = 1,
-        seed: int = 0,
-        shift: int = 1,
-        lose: str | None = None,
-        settings: Mapping[str, Any] | None = None,
-        evaluate: bool = True,
-    ) -> Run:
-        folder = tmp_path / name
-        splits = read_json(cohort / "splits.json")
-        config = merge(
-            {
-                "recipe": None,
-                "data": {"dataset": str(cohort), "labeled": labeled},
-                "plan": {"patch_size": [40, 48], "reasons": {"patch_size": "fits"}},
-                "method": {"name": method, **({"consistency": 0.1} if method != "supervised" else {})},
-                "training": {"steps": 60, "seed": seed, "lr": 0.01},
-                "evaluation": {"protocol": "clean", "flaws": []},
-                "split": {
-                    "labeled": splits["train"][:labeled],
-                    "unlabeled": splits["train"][labeled:],
-                    "val": splits["val"],
-                    "test": splits["test"],
-                    "unit": "subject",
-                    "groups": splits["groups"],
-                },
-            },
-            settings or {},
-        )
-        write_yaml(folder / "config.yaml", config)
-        write_json(folder / "environment.json", {"scantly": "0", "threads": 1, "packages": {"torch": "2"}})
-        write_text(folder / "log" / "metrics.csv", _log(method))
-        if evaluate:
-            _evaluate(folder, cohort, config, shift, lose)
-        return Run.open(folder)
 
-    return make
+@pytest.fixture(scope="session")
+def shared_runs(tmp_path_factory: pytest.TempPathFactory, cohort: Path) -> list[Run]:
+    """Two seeds of a lower bound, Mean Teacher, an upper bound; for tests that only read."""
+    make = partial(write_run, tmp_path_factory.mktemp("runs"), cohort)
+    return [
+        make("low-0", seed=0, shift=3),
+        make("low-1", seed=1, shift=4),
+        make("mt-0", method="mean_teacher", shift=1),
+        make("all", labeled=3, shift=0),
+    ]
 
 
 def _log(method: str) -> str:
@@ -92,9 +108,7 @@ def _evaluate(folder: Path, cohort: Path, config: dict[str, Any], shift: int, lo
         prediction = np.roll(reference.array, shift + number, axis=2)
         if lose == case:
             prediction[prediction == 1] = 0
-        imaging.write_label(
-            folder / "predictions" / "test" / f"{case}.nii.gz", prediction, reference.geometry
-        )
+        imaging.write_label(folder / "predictions" / "test" / f"{case}.nii.gz", prediction, reference.geometry)
         spacing = reference.geometry.spacing
         rows += score_case(
             prediction,
@@ -106,6 +120,4 @@ def _evaluate(folder: Path, cohort: Path, config: dict[str, Any], shift: int, lo
         )
     table = make_table(rows)
     save_table(table, folder / "evaluation" / "test.csv")
-    write_json(
-        folder / "evaluation" / "test.json", summarize(table, protocol=convention, convention=convention)
-    )
+    write_json(folder / "evaluation" / "test.json", summarize(table, protocol=convention, convention=convention))

@@ -26,9 +26,7 @@ def test_differences_show_every_run_and_leave_out_reasons(make_run: Callable[...
     long = [f"subject{number:03d}" for number in range(40)]
     runs = [
         make_run("a", settings={"plan": {"reasons": {"patch_size": "one"}}}),
-        make_run(
-            "b", seed=7, settings={"plan": {"reasons": {"patch_size": "two"}}, "split": {"unlabeled": long}}
-        ),
+        make_run("b", seed=7, settings={"plan": {"reasons": {"patch_size": "two"}}, "split": {"unlabeled": long}}),
         make_run("c", method="mean_teacher"),
     ]
     lines = {line.key: line.values for line in differences(collect(runs)[0].results)}

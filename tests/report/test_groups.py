@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pandas as pd
 import pytest
 
 from scantly.errors import RunError
@@ -28,7 +29,7 @@ def test_runs_that_differ_in_the_seed_only_are_one_method(make_run: MakeRun) -> 
     assert [result.seed for result in supervised.results] == [1, 2]
     case, name = section.cases[0], section.classes[0]
 
-    def dice(table):  # type: ignore[no-untyped-def]
+    def dice(table: pd.DataFrame) -> float:
         return table.set_index(["case", "class"])["dice"][case, name]
 
     single = [dice(result.table) for result in supervised.results]
@@ -96,9 +97,7 @@ def test_same_folder_names_are_told_apart_by_their_parents(make_run: MakeRun) ->
 
 def test_refuses_a_run_without_evaluation(make_run: MakeRun) -> None:
     evaluated, bare = make_run("a"), make_run("b", evaluate=False)
-    with pytest.raises(
-        RunError, match=rf"{bare.folder}.*run scantly evaluate {bare.folder} --split test first"
-    ):
+    with pytest.raises(RunError, match=rf"{bare.folder}.*run scantly evaluate {bare.folder} --split test first"):
         collect([evaluated, bare])
     with pytest.raises(RunError, match=rf"run scantly evaluate {bare.folder} first"):
         collect([bare])

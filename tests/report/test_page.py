@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -10,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from scantly.errors import RunError
-from scantly.report import build_report
+from scantly.report import compare
 from scantly.training.run import Run
 
 MakeRun = Callable[..., Run]
@@ -54,18 +56,14 @@ def parse(path: Path) -> Checker:
     return checker
 
 
-@pytest.fixture
-def runs(make_run: MakeRun) -> list[Run]:
-    return [
-        make_run("low-0", seed=0, shift=3),
-        make_run("low-1", seed=1, shift=4),
-        make_run("mt-0", method="mean_teacher", shift=1),
-        make_run("all", labeled=3, shift=0),
-    ]
+@pytest.fixture(scope="module")
+def report(shared_runs: list[Run], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One page, read by several tests."""
+    return compare(shared_runs, tmp_path_factory.mktemp("page") / "new" / "report.html")
 
 
-def test_page_has_everything_a_reader_needs(runs: list[Run], tmp_path: Path) -> None:
-    page = parse(build_report(runs, tmp_path / "sub" / "report.html"))
+def test_page_has_everything_a_reader_needs(report: Path) -> None:
+    page = parse(report)
     for sentence in (
         "Supervised and Mean Teacher",
         "Results: clean protocol, 4 test cases",
@@ -93,9 +91,8 @@ def test_page_has_everything_a_reader_needs(runs: list[Run], tmp_path: Path) -> 
     assert headings.count("h1") == 1
 
 
-def test_page_is_self_contained(runs: list[Run], tmp_path: Path) -> None:
-    path = build_report(runs, tmp_path / "report.html")
-    page = parse(path)
+def test_page_is_self_contained(report: Path) -> None:
+    page = parse(report)
     names = [tag for tag, _ in page.tags]
     assert not {"script", "link", "iframe", "object"} & set(names)
     references = [
@@ -106,16 +103,16 @@ def test_page_is_self_contained(runs: list[Run], tmp_path: Path) -> None:
     ]
     assert len(references) > 10
     assert all(value.startswith(("#", "data:image/png;base64,")) for value in references)
-    styles = path.read_text()
+    styles = report.read_text()
     assert "@import" not in styles
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", styles))
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
     assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
 
 
-def test_ids_are_unique_and_links_resolve(make_run: MakeRun, runs: list[Run], tmp_path: Path) -> None:
-    literature = make_run("lit", method="mean_teacher", settings=LITERATURE)
-    page = parse(build_report([*runs, literature], tmp_path / "report.html"))
+def test_ids_are_unique_and_links_resolve(make_run: MakeRun, tmp_path: Path) -> None:
+    runs = [make_run("a"), make_run("lit", method="mean_teacher", settings=LITERATURE)]
+    page = parse(compare(runs, tmp_path / "report.html"))
     ids = [a["id"] for _, a in page.tags if "id" in a]
     assert len(ids) == len(set(ids))
     targets = {v[1:] for _, a in page.tags for n, v in a.items() if n.endswith("href") and v and v[0] == "#"}
@@ -123,31 +120,30 @@ def test_ids_are_unique_and_links_resolve(make_run: MakeRun, runs: list[Run], tm
     assert targets | labeled_by <= set(ids)
 
 
-def test_tables_are_accessible(runs: list[Run], tmp_path: Path) -> None:
-    page = parse(build_report(runs, tmp_path / "report.html"))
+def test_tables_are_accessible(report: Path) -> None:
+    page = parse(report)
     assert all(attributes.get("scope") for tag, attributes in page.tags if tag == "th")
     pictures = [a for tag, a in page.tags if a.get("role") in ("img", "group")]
     assert len(pictures) > 10
     assert all(attributes.get("aria-label") for attributes in pictures)
 
 
-def test_equal_runs_give_an_equal_page(runs: list[Run], tmp_path: Path) -> None:
-    first = build_report(runs, tmp_path / "a.html").read_bytes()
-    assert first == build_report(runs, tmp_path / "b.html").read_bytes()
+def test_equal_runs_give_an_equal_page(report: Path, shared_runs: list[Run], tmp_path: Path) -> None:
+    assert compare(shared_runs, tmp_path / "again.html").read_bytes() == report.read_bytes()
 
 
 def test_names_and_settings_are_escaped(make_run: MakeRun, tmp_path: Path) -> None:
     evil = "</pre><script>alert(1)</script>"
     run = make_run("<img src=x onerror=alert(1)>", settings={"method": {"note": evil}, "recipe": evil})
     other = make_run("b", settings={"method": {"note": "plain"}})
-    page = parse(build_report([run, other], tmp_path / "report.html"))
+    page = parse(compare([run, other], tmp_path / "report.html"))
     assert not [tag for tag, _ in page.tags if tag in ("script", "img")]
     assert evil in page.text
 
 
 def test_protocols_are_apart_with_a_warning_and_their_flaws(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run("a"), make_run("b", settings=LITERATURE, lose="subject005")]
-    page = parse(build_report(runs, tmp_path / "report.html"))
+    page = parse(compare(runs, tmp_path / "report.html"))
     assert "Two kinds of protocol." in page.text
     assert "do not compare across them" in page.text
     assert "Results: clean protocol, 4 test cases" in page.text
@@ -159,14 +155,14 @@ def test_protocols_are_apart_with_a_warning_and_their_flaws(make_run: MakeRun, t
 
 def test_missing_lower_bound_and_moved_dataset_are_said(make_run: MakeRun, tmp_path: Path) -> None:
     run = make_run("a", method="mean_teacher", settings={"data": {"dataset": "/nowhere/cohort"}})
-    page = parse(build_report([run], tmp_path / "report.html"))
+    page = parse(compare([run], tmp_path / "report.html"))
     assert "No supervised run with the same labeled cases" in page.text
     assert "The scans of a cannot be shown: /nowhere/cohort" in page.text
 
 
 def test_seeds_with_other_labeled_cases_are_said(make_run: MakeRun, tmp_path: Path) -> None:
     runs = [make_run("a", seed=0), make_run("b", seed=1, settings={"split": {"labeled": ["subject002"]}})]
-    page = parse(build_report(runs, tmp_path / "report.html"))
+    page = parse(compare(runs, tmp_path / "report.html"))
     assert "The seeds of Supervised, 1 labeled were trained on different labeled cases" in page.text
 
 
@@ -174,5 +170,11 @@ def test_refusal_leaves_an_earlier_page_alone(make_run: MakeRun, tmp_path: Path)
     out = tmp_path / "report.html"
     out.write_text("earlier")
     with pytest.raises(RunError, match="scantly evaluate"):
-        build_report([make_run("a", evaluate=False)], out)
+        compare([make_run("a", evaluate=False)], out)
     assert out.read_text() == "earlier"
+
+
+def test_importing_the_report_costs_neither_torch_nor_matplotlib() -> None:
+    code = "import sys, scantly.report; print(sorted({'torch', 'matplotlib', 'pandas'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -31,7 +31,7 @@ def hand_made(values: dict[str, list[list[float]]], *, bound: dict[str, str] | N
         table = pd.DataFrame(rows)
         run = Run.__new__(Run)
         result = Result(run=run, name=label, seed=0, table=table, summary={})
-        methods.append(Method(label, (bound or {}).get(label, ""), (result,), table))  # type: ignore[arg-type]
+        methods.append(Method(label, (bound or {}).get(label, ""), (result,), table))
     return Section("clean", "test", tuple(methods), tuple(cases), ("A", "B"), {}, "subject", (), 2.0)
 
 
@@ -64,7 +64,7 @@ def test_overview_aggregates_seeds_and_lists_them(make_run: MakeRun) -> None:
     runs = [make_run("a", seed=1, shift=1), make_run("b", seed=2, shift=3), make_run("c", seed=3, shift=4)]
     (section,) = collect(runs)
     shown, rows = overview(section)
-    means = [run.evaluation("test").groupby("class")["dice"].mean().mean() for run in runs]  # type: ignore[union-attr]
+    means = [run.evaluation("test").groupby("class")["dice"].mean().mean() for run in runs]
     dice = [column.metric for column in shown].index("dice")
     assert [row.head for row in rows] == ["Supervised, 1 labeled", "a", "b", "c"]
     assert rows[0].note == "seeds 1, 2, 3"
@@ -122,9 +122,7 @@ def test_one_method_has_no_statistics_and_says_so() -> None:
 
 def test_hardest_case_comes_first_and_absent_values_are_dashes() -> None:
     nan = float("nan")
-    section = hand_made(
-        {"one": [[0.9, nan, 0.2], [0.7, nan, nan]], "two": [[0.9, 0.5, 0.9], [0.9, 0.5, 0.9]]}
-    )
+    section = hand_made({"one": [[0.9, nan, 0.2], [0.7, nan, nan]], "two": [[0.9, 0.5, 0.9], [0.9, 0.5, 0.9]]})
     assert case_table(section) == [
         ("c2", ["0.200", "0.900"]),
         ("c0", ["0.800", "0.900"]),
@@ -137,9 +135,7 @@ def test_comparison_table_holds_numbers_for_scripts(make_run: MakeRun) -> None:
     table = comparison_table(runs).set_index(["method", "class"])
     assert table.index.tolist()[:4] == [("Supervised, 1 labeled", n) for n in ("RV", "MYO", "LV", OVERALL)]
     row = table.loc[("Supervised, 1 labeled", "LV")]
-    per_seed = [
-        t[t["class"] == "LV"]["hd95_mm"] for run in runs[:2] if (t := run.evaluation("test")) is not None
-    ]
+    per_seed = [t[t["class"] == "LV"]["hd95_mm"] for run in runs[:2] if (t := run.evaluation("test")) is not None]
     assert row["hd95_mm"] == pytest.approx(np.mean([values.mean() for values in per_seed]))
     assert row["hd95_mm_std_over_seeds"] == pytest.approx(np.std([v.mean() for v in per_seed], ddof=1))
     over_cases = (per_seed[0].to_numpy() + per_seed[1].to_numpy()) / 2

@@ -45,9 +45,7 @@ def test_selection_is_the_last_iteration_without_test_cases(cohort, tiny, tmp_pa
 
 def test_size_takes_the_order_of_the_literature():
     assert flags_to_layer({"size": [112, 112, 80]}, resized=False) == {"plan": {"patch_size": [80, 112, 112]}}
-    assert flags_to_layer({"size": [64, 48]}, resized=True) == {
-        "plan": {"patch_size": [64, 48], "size": [64, 48]}
-    }
+    assert flags_to_layer({"size": [64, 48]}, resized=True) == {"plan": {"patch_size": [64, 48], "size": [64, 48]}}
 
 
 def test_sets_are_read_as_yaml():

@@ -183,12 +183,12 @@ def test_a_finished_run_is_not_trained_again(cohort, tiny, tmp_path, monkeypatch
 
 def test_the_loss_that_is_not_finite_ends_the_run_and_keeps_the_checkpoint(cohort, tiny, tmp_path):
     config = configuration(cohort, merge(tiny, {"training": {"lr": 1e9}}), "supervised", 0, tmp_path / "s")
-    with pytest.raises(RunError, match="lower training.lr"):
+    with pytest.raises(RunError, match=r"lower training\.lr"):
         train_config(config, tmp_path / "run", quiet=True)
 
 
 def test_a_damaged_checkpoint_is_told(tmp_path):
     path = tmp_path / "last.ckpt"
     path.write_bytes(b"PK\x03\x04 not a checkpoint")
-    with pytest.raises(RunError, match="last.ckpt cannot be read"):
+    with pytest.raises(RunError, match=r"last\.ckpt cannot be read"):
         load_checkpoint(path)

@@ -41,9 +41,9 @@ def test_noise_of_zero_sigma_is_the_image() -> None:
 
 
 def test_noise_sigma_may_differ_per_row() -> None:
-    spread = views.sample_noise(
-        (200, 1, 30, 30), sigma=(0.1, 0.5), clamp=None, generator=generator()
-    ).values.std((1, 2, 3))
+    spread = views.sample_noise((200, 1, 30, 30), sigma=(0.1, 0.5), clamp=None, generator=generator()).values.std(
+        (1, 2, 3)
+    )
     assert 0.09 < spread.min() < 0.15
     assert 0.45 < spread.max() < 0.55
 
@@ -67,27 +67,19 @@ def test_gamma_by_hand() -> None:
 
 
 @settings(max_examples=30, deadline=None)
-@given(
-    scale=st.floats(0.01, 3000), offset=st.floats(-1000, 1000), seed=st.integers(0, 1000), clip=st.booleans()
-)
-def test_jitter_and_gamma_do_not_depend_on_the_unit(
-    scale: float, offset: float, seed: int, clip: bool
-) -> None:
+@given(scale=st.floats(0.01, 3000), offset=st.floats(-1000, 1000), seed=st.integers(0, 1000), clip=st.booleans())
+def test_jitter_and_gamma_do_not_depend_on_the_unit(scale: float, offset: float, seed: int, clip: bool) -> None:
     images = torch.rand(3, 2, 6, 7, generator=generator(seed), dtype=torch.float64)
     params = views.sample_jitter(3, shift=0.2, clip=clip, generator=generator(seed))
     exponent = views.sample_gamma(3, generator=generator(seed))
     for apply, drawn in [(views.apply_jitter, params), (views.apply_gamma, exponent)]:
         expected = apply(images, drawn) * scale + offset
-        assert torch.allclose(
-            apply(images * scale + offset, drawn), expected, rtol=1e-6, atol=1e-6 * (1 + abs(offset))
-        )
+        assert torch.allclose(apply(images * scale + offset, drawn), expected, rtol=1e-6, atol=1e-6 * (1 + abs(offset)))
 
 
 def test_clipped_jitter_stays_within_each_channels_range() -> None:
     images = torch.randn(8, 2, 9, 9, generator=generator()) * torch.tensor([1.0, 100.0])[:, None, None]
-    changed = views.apply_jitter(
-        images, views.sample_jitter(8, brightness=2, contrast=2, generator=generator())
-    )
+    changed = views.apply_jitter(images, views.sample_jitter(8, brightness=2, contrast=2, generator=generator()))
     slack = 1e-4 * images.abs().amax((2, 3))
     assert (changed.amin((2, 3)) >= images.amin((2, 3)) - slack).all()
     assert (changed.amax((2, 3)) <= images.amax((2, 3)) + slack).all()
@@ -102,9 +94,7 @@ def test_jitter_factors_cover_their_range() -> None:
 def test_a_constant_image_stays_finite() -> None:
     images = torch.full((2, 1, 4, 4), -3.0)
     assert torch.equal(views.apply_jitter(images, jitter(0.3, 1.5, 0.5, clip=True, rows=2)), images)
-    assert torch.equal(
-        views.apply_gamma(images, Gamma(torch.full((2,), 0.7), torch.ones(2, dtype=torch.bool))), images
-    )
+    assert torch.equal(views.apply_gamma(images, Gamma(torch.full((2,), 0.7), torch.ones(2, dtype=torch.bool))), images)
 
 
 # --- blur ---

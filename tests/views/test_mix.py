@@ -21,9 +21,7 @@ def edges_of(mask: torch.Tensor) -> torch.Tensor:
     edges = []
     for axis in spatial:
         line = mask.any(dim=tuple(each for each in (1, *spatial) if each != axis))
-        steps = (
-            line.int().diff(prepend=torch.zeros(len(line), 1), append=torch.zeros(len(line), 1)).abs().sum(1)
-        )
+        steps = line.int().diff(prepend=torch.zeros(len(line), 1), append=torch.zeros(len(line), 1)).abs().sum(1)
         assert (steps == 2).all(), "the box is in more than one piece"
         edges.append(line.sum(1))
     lengths = torch.stack(edges, dim=1)
@@ -114,15 +112,11 @@ def test_content_from_a_second_batch() -> None:
 
 def test_a_batch_of_one_is_mixed_with_itself() -> None:
     x = torch.randn(1, 1, 8, 8)
-    assert torch.equal(
-        views.apply_cutmix(x, views.sample_cutmix(ALWAYS, 1, (8, 8), generator=generator())), x
-    )
+    assert torch.equal(views.apply_cutmix(x, views.sample_cutmix(ALWAYS, 1, (8, 8), generator=generator())), x)
 
 
 def test_box_mask_by_hand() -> None:
-    mask = views.box_mask(
-        torch.tensor([[0, 1, 2], [1, 0, 0]]), torch.tensor([[1, 2, 2], [1, 0, 3]]), (2, 3, 4)
-    )
+    mask = views.box_mask(torch.tensor([[0, 1, 2], [1, 0, 0]]), torch.tensor([[1, 2, 2], [1, 0, 3]]), (2, 3, 4))
     expected = torch.zeros(2, 1, 2, 3, 4, dtype=torch.bool)
     expected[0, 0, 0, 1:3, 2:4] = True
     assert torch.equal(mask, expected)

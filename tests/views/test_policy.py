@@ -60,9 +60,7 @@ def test_equal_generators_give_equal_views_and_a_restored_one_continues(size: tu
 
 def test_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
-    all_views(
-        torch.randn(2, 1, 8, 8, generator=generator()), torch.zeros(2, 8, 8, dtype=torch.long), generator()
-    )
+    all_views(torch.randn(2, 1, 8, 8, generator=generator()), torch.zeros(2, 8, 8, dtype=torch.long), generator())
     assert torch.equal(torch.get_rng_state(), before)
 
 

@@ -80,9 +80,7 @@ def test_sides_of_different_length_are_only_turned_by_half() -> None:
 def test_depth_is_mirrored_only_when_asked() -> None:
     volume = torch.arange(4.0).reshape(1, 4, 1, 1).expand(500, 4, 2, 2)
     for flip_depth, expected in [(False, {0.0}), (True, {0.0, 3.0})]:
-        params = views.sample_orthogonal(
-            "flips", 500, (4, 2, 2), flip_depth=flip_depth, generator=generator()
-        )
+        params = views.sample_orthogonal("flips", 500, (4, 2, 2), flip_depth=flip_depth, generator=generator())
         assert set(views.apply_orthogonal(volume, params)[:, 0, 0, 0].tolist()) == expected
 
 
@@ -170,9 +168,7 @@ def test_rotation_has_the_sign_of_scipy_rotate(size: tuple[int, int], degrees: i
 def test_scale_above_one_enlarges_and_shift_moves_the_content() -> None:
     image = torch.zeros(2, 1, 9, 9)
     image[:, :, 3:6, 3:6] = 1
-    params = views.make_affine(
-        torch.zeros(2), torch.tensor([2.0, 1.0]), torch.tensor([[0.0, 0.0], [1.0, -2.0]])
-    )
+    params = views.make_affine(torch.zeros(2), torch.tensor([2.0, 1.0]), torch.tensor([[0.0, 0.0], [1.0, -2.0]]))
     larger, moved = views.apply_affine(image, params, interpolation="nearest")[:, 0]
     assert larger.sum() > 25
     assert torch.equal(moved, image[0, 0].roll((1, -2), (0, 1)))
@@ -229,9 +225,7 @@ def test_inverse_restores_what_stayed_in_view(size: tuple[int, ...]) -> None:
         scipy.ndimage.gaussian_filter(np.random.default_rng(0).normal(size=(4, 1, *size)), spatial)
     )
     images = images / images.abs().amax()
-    params = views.sample_affine(
-        4, size, rotate_degrees=45, scale=(0.8, 1.2), translate=0.1, generator=generator()
-    )
+    params = views.sample_affine(4, size, rotate_degrees=45, scale=(0.8, 1.2), translate=0.1, generator=generator())
     back = views.apply_affine(views.apply_affine(images, params), views.invert_affine(params))
     ones = views.apply_affine(torch.ones_like(images), params)
     seen = views.apply_affine(ones, views.invert_affine(params)) > 0.999
@@ -268,9 +262,7 @@ def test_interpolating_labels_linearly_is_refused() -> None:
 
 def test_warp_equals_scipy_map_coordinates() -> None:
     image = smooth((1, 1, 12, 15))
-    positions = (
-        torch.rand(1, 2, 12, 15, generator=generator()) * torch.tensor([14.0, 17.0])[:, None, None] - 1.5
-    )
+    positions = torch.rand(1, 2, 12, 15, generator=generator()) * torch.tensor([14.0, 17.0])[:, None, None] - 1.5
     for order, interpolation in [(0, "nearest"), (1, "linear")]:
         expected = scipy.ndimage.map_coordinates(
             image[0, 0].double(), positions[0].double(), order=order, mode="grid-constant"

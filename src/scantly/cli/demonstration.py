@@ -14,9 +14,9 @@ __all__ = ["demo"]
 
 
 def demo(
-    out: Annotated[
-        Path, typer.Option("--out", metavar="DIR", help="Folder for cohort, runs and report.")
-    ] = Path("scantly-demo"),
+    out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for cohort, runs and report.")] = Path(
+        "scantly-demo"
+    ),
 ) -> None:
     """See what unlabeled scans are worth.
 

@@ -20,9 +20,7 @@ _WIDTH = 100
 
 
 def methods(
-    name: Annotated[
-        str | None, typer.Argument(metavar="NAME", help="A method; its paper and settings.")
-    ] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A method; its paper and settings.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """List the methods, or describe one.
@@ -93,9 +91,7 @@ def plan_text(plan: Plan, dataset: Path) -> str:
     """A plan as a configuration file of the section ``plan``, reasons and measured numbers as comments."""
     values = plan.to_dict()
     reasons, fingerprint = values.pop("reasons"), values.pop("fingerprint")
-    lines = [
-        f"# Plan for {dataset}. Sizes are (z, y, x) or (y, x). Edit, then: scantly train ... --config THIS"
-    ]
+    lines = [f"# Plan for {dataset}. Sizes are (z, y, x) or (y, x). Edit, then: scantly train ... --config THIS"]
     if fingerprint:
         lines.append("# Measured on the training cases:")
         lines += [f"#   {key}: {_yaml(value)}" for key, value in fingerprint.items()]
@@ -111,7 +107,5 @@ def _yaml(value: Any) -> str:
     """One line of YAML."""
     import yaml
 
-    text = yaml.safe_dump(
-        value, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True
-    )
+    text = yaml.safe_dump(value, default_flow_style=True, sort_keys=False, width=float("inf"), allow_unicode=True)
     return text.removesuffix("...\n").strip()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Iterator, Sequence
@@ -12,11 +13,14 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from rich.table import Table
+
     from scantly.training.progress import ProgressLine
 
 __all__ = ["log_to_stderr", "progress", "say", "say_json", "say_table", "say_wrapped", "warn"]
 
 _WIDTH_OFF_TERMINAL = 160
+_UNBOUNDED = 10_000
 _WIDTH_OF_TEXT = 100
 
 
@@ -26,9 +30,7 @@ def say(text: str = "") -> None:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        os.dup2(
-            os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno()
-        )  # the interpreter flushes again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes again at its end
         raise SystemExit(0) from None
 
 
@@ -48,10 +50,11 @@ def say_json(value: Any) -> None:
     say(json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False))
 
 
-def say_table(
-    columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", text_columns: int = 1
-) -> None:
+def say_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: str = "", text_columns: int = 1) -> None:
     """Write a table to standard output.
+
+    Running text is wrapped to the terminal. Numbers are never cut or wrapped: where the terminal is too narrow,
+    rows and columns change places if that is narrower.
 
     Args:
         columns: Heads.
@@ -59,22 +62,33 @@ def say_table(
         title: Line above the table.
         text_columns: So many columns from the left are set flush left, the others (numbers) flush right.
     """
-    from rich import box
     from rich.console import Console
+
+    wraps = text_columns == len(columns)
+    visible = shutil.get_terminal_size().columns if sys.stdout.isatty() else _WIDTH_OFF_TERMINAL
+    console = Console(width=visible if wraps else _UNBOUNDED, markup=False, emoji=False, highlight=False)
+    table = _table(columns, rows, text_columns)
+    if not wraps and sys.stdout.isatty() and console.measure(table).maximum > visible:
+        heads = [columns[0], *(row[0] for row in rows)]
+        turned = _table(heads, [[head, *cells] for head, *cells in zip(columns, *rows, strict=True)][1:], 1)
+        table = min(table, turned, key=lambda candidate: console.measure(candidate).maximum)
+    with console.capture() as captured:
+        console.print(table)
+    if title:
+        say(title)
+    say("\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines()))
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> Table:
+    from rich import box
     from rich.table import Table
 
-    table = Table(
-        box=box.SIMPLE_HEAD, title=title or None, title_justify="left", title_style="bold", pad_edge=False
-    )
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for index, column in enumerate(columns):
         table.add_column(column, justify="left" if index < text_columns else "right")
     for row in rows:
         table.add_row(*row)
-    width = None if sys.stdout.isatty() else _WIDTH_OFF_TERMINAL
-    console = Console(width=width, markup=False, emoji=False, highlight=False)
-    with console.capture() as captured:
-        console.print(table)
-    say("\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines()))
+    return table
 
 
 def warn(sentence: str) -> None:

@@ -200,7 +200,4 @@ def _say_comparison(table: pd.DataFrame) -> None:
 
 
 def _without_nan(row: Mapping[Hashable, Any]) -> dict[str, Any]:
-    return {
-        str(key): None if isinstance(value, float) and math.isnan(value) else value
-        for key, value in row.items()
-    }
+    return {str(key): None if isinstance(value, float) and math.isnan(value) else value for key, value in row.items()}

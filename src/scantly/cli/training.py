@@ -20,20 +20,14 @@ def train(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Dataset folder.")],
     *,
     out: Annotated[Path, typer.Option("--out", metavar="RUN", help="Run folder: new, or one to --resume.")],
-    method: Annotated[
-        str | None, typer.Option("--method", metavar="NAME", help="One of `scantly methods`.")
-    ] = None,
+    method: Annotated[str | None, typer.Option("--method", metavar="NAME", help="One of `scantly methods`.")] = None,
     labeled: Annotated[
         str | None,
-        typer.Option(
-            "--labeled", metavar="N|N%", help="Labeled subjects; all others are unlabeled. Default: all."
-        ),
+        typer.Option("--labeled", metavar="N|N%", help="Labeled subjects; all others are unlabeled. Default: all."),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(
-            "--recipe", metavar="NAME", help="A published protocol by name, or a YAML file of your own."
-        ),
+        typer.Option("--recipe", metavar="NAME", help="A published protocol by name, or a YAML file of your own."),
     ] = None,
     config: Annotated[
         Path | None,
@@ -41,9 +35,7 @@ def train(
     ] = None,
     sets: Annotated[
         list[str] | None,
-        typer.Option(
-            "--set", metavar="KEY=VALUE ...", help="Any setting, for instance method.consistency=0.5."
-        ),
+        typer.Option("--set", metavar="KEY=VALUE ...", help="Any setting, for instance method.consistency=0.5."),
     ] = None,
     protocol: Annotated[
         str | None,
@@ -57,32 +49,24 @@ def train(
         int | None,
         typer.Option("--steps", metavar="N", help="Iterations, all stages together. Default: 30000."),
     ] = None,
-    seed: Annotated[
-        int | None, typer.Option("--seed", metavar="N", help="Seed of all draws. Default: 1337.")
-    ] = None,
+    seed: Annotated[int | None, typer.Option("--seed", metavar="N", help="Seed of all draws. Default: 1337.")] = None,
     seed_labeled: Annotated[
         int | None,
-        typer.Option(
-            "--seed-labeled", metavar="N", help="Draw the labeled subjects; default: the first ones."
-        ),
+        typer.Option("--seed-labeled", metavar="N", help="Draw the labeled subjects; default: the first ones."),
     ] = None,
     dims: Annotated[
         int | None, typer.Option("--dims", metavar="2|3", help="Slices or volumes. Default: from the data.")
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(
-            "--size", metavar="H W [D]", help="Patch in voxels; time and memory grow with its area."
-        ),
+        typer.Option("--size", metavar="H W [D]", help="Patch in voxels; time and memory grow with its area."),
     ] = None,
     device: Annotated[
         str | None,
         typer.Option("--device", metavar="auto|cpu|cuda", help="Default: a GPU where there is one."),
     ] = None,
     devices: Annotated[int | None, typer.Option("--devices", metavar="N", help="Devices per node.")] = None,
-    nodes: Annotated[
-        int | None, typer.Option("--nodes", metavar="N", help="Nodes (torchrun or SLURM).")
-    ] = None,
+    nodes: Annotated[int | None, typer.Option("--nodes", metavar="N", help="Nodes (torchrun or SLURM).")] = None,
     precision: Annotated[
         str | None,
         typer.Option(

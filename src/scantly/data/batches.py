@@ -16,6 +16,7 @@ All ranks draw from one shuffle and take disjoint shares of each group.
 from __future__ import annotations
 
 import multiprocessing
+import signal
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -189,15 +190,11 @@ class BatchSource(Dataset[RawBatch]):
         self.rows = (labeled_batch_size, unlabeled_batch_size)
         hidden = [name for name in labeled if not store.has_label(name)]
         if hidden:
-            raise DatasetError(
-                f"labeled case '{hidden[0]}' has no label in the store {store.url}; prepare it."
-            )
+            raise DatasetError(f"labeled case '{hidden[0]}' has no label in the store {store.url}; prepare it.")
         self.items = (self._labeled_items(labeled), self._all_items(unlabeled))
         for stream, name in ((_LABELED, "labeled"), (_UNLABELED, "unlabeled")):
             if self.rows[stream] and not len(self.items[stream]):
-                raise DatasetError(
-                    f"there is no {name} case to draw {self.rows[stream]} rows from; give one."
-                )
+                raise DatasetError(f"there is no {name} case to draw {self.rows[stream]} rows from; give one.")
         self._epochs: Recent[tuple[int, int], NDArray[np.int64]] = Recent(4)
 
     @property
@@ -275,9 +272,7 @@ class BatchSource(Dataset[RawBatch]):
     def _generator(self, stream: int, iteration: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, stream, _POSITION, self.rank, iteration])
 
-    def _labeled_patch(
-        self, item: int, generator: np.random.Generator, *, foreground: bool
-    ) -> tuple[str, Corner]:
+    def _labeled_patch(self, item: int, generator: np.random.Generator, *, foreground: bool) -> tuple[str, Corner]:
         case, depth = self.items[_LABELED].at(item)
         if self.all_classes:
             return case, self._complete_corner(case, depth, generator)
@@ -350,9 +345,7 @@ def _any_voxel(voxels: Mapping[int, NDArray[np.int64]], generator: np.random.Gen
     return voxel
 
 
-def make_loader(
-    source: BatchSource, start: int, stop: int, workers: int, pin_memory: bool
-) -> Iterable[RawBatch]:
+def make_loader(source: BatchSource, start: int, stop: int, workers: int, pin_memory: bool) -> Iterable[RawBatch]:
     """The batches of iterations ``start`` to ``stop - 1`` in order, made by worker processes ahead of time.
 
     The sequence does not depend on the number of workers, and torch's global generator is left alone.
@@ -387,4 +380,6 @@ def _unchanged(batch: Any) -> Any:
 
 
 def _start_worker(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker inherits the training's handler
     torch.set_num_threads(1)

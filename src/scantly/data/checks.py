@@ -63,9 +63,7 @@ def check(dataset_root: Path, *, progress: Callable[[int, int, str], None] | Non
     findings += of_splits
     if found.train and not any(case.label for case in found.train.values()):
         folder = str(root / "labelsTr")
-        sentence = (
-            f"{folder} holds no label for any scan of imagesTr: training needs at least one labeled case."
-        )
+        sentence = f"{folder} holds no label for any scan of imagesTr: training needs at least one labeled case."
         findings.append(Finding("error", "no_labels", folder, sentence))
     findings += _case_findings(found, file, description, progress)
     return findings

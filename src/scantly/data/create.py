@@ -80,9 +80,7 @@ def init(
             folder.rename(root)
     except OSError as error:
         reason = error.strerror or error
-        raise DatasetError(
-            f"{root} cannot be made ({reason}); free space or choose another place."
-        ) from error
+        raise DatasetError(f"{root} cannot be made ({reason}); free space or choose another place.") from error
     return Dataset.open(root)
 
 
@@ -124,9 +122,7 @@ def _common_ending(cases: Mapping[str, list[Path]]) -> str:
         by_ending.setdefault(str(imaging.file_ending(path)), path)
     if len(by_ending) > 1:
         listed = ", ".join(f"{path.name} ({ending})" for ending, path in sorted(by_ending.items()))
-        raise DatasetError(
-            f"the scans are of several file types: {listed}; convert them to one, or make two datasets."
-        )
+        raise DatasetError(f"the scans are of several file types: {listed}; convert them to one, or make two datasets.")
     return next(iter(by_ending))
 
 
@@ -135,9 +131,7 @@ def _count_channels(cases: Mapping[str, list[Path]]) -> int:
     return len(imaging.read_image(next(iter(cases.values())), finite=False).array)
 
 
-def _label_values(
-    annotations: Mapping[str, Path], progress: Callable[[int, int, str], None] | None
-) -> dict[int, int]:
+def _label_values(annotations: Mapping[str, Path], progress: Callable[[int, int, str], None] | None) -> dict[int, int]:
     """Original value -> class index, background 0 first; empty without labels."""
     found: set[int] = set()
     for done, (name, path) in enumerate(annotations.items()):
@@ -172,7 +166,7 @@ def _place_labels(
     folder.mkdir(parents=True)
     renumbered = any(value != index for value, index in values.items())
     if renumbered:
-        listed = ", ".join(f"{value} to {index}" for value, index in values.items() if value)
+        listed = ", ".join(f"{value} to {index}" for value, index in values.items() if value != index)
         log.warning(
             "The label values are not 0, 1, 2, ...: copies of the labels with values changed from %s were "
             'written; "label_values" in dataset.json records it.',
@@ -204,9 +198,7 @@ def _place(source: Path, target: Path, link: bool) -> None:
     shutil.copyfile(source, target)
 
 
-def _description(
-    root: Path, cases: int, channels: int, values: Mapping[int, int], ending: str
-) -> dict[str, Any]:
+def _description(root: Path, cases: int, channels: int, values: Mapping[int, int], ending: str) -> dict[str, Any]:
     classes = {"background": 0} | {f"class {index}": index for index in values.values() if index}
     description: dict[str, Any] = {
         "name": root.resolve().name,

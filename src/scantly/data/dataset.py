@@ -110,9 +110,7 @@ class Dataset:
         """
         case = self.case(name)
         if case.label is None:
-            raise DatasetError(
-                f"{name} has no label file in {self.root}; it can only be used as unlabeled case."
-            )
+            raise DatasetError(f"{name} has no label file in {self.root}; it can only be used as unlabeled case.")
         label = imaging.read_label(case.label)
         difference = imaging.geometry_difference(label.geometry, imaging.read_geometry(case.images[0]))
         if difference:
@@ -151,9 +149,7 @@ def label_fault(label: imaging.Label, path: Path, classes: tuple[str, ...]) -> s
     if array.size == 0 or (int(array.min()) >= 0 and int(array.max()) < len(classes)):
         return None
     values, counts = np.unique(array, return_counts=True)
-    unknown = [
-        (v, n) for v, n in zip(values.tolist(), counts.tolist(), strict=True) if not 0 <= v < len(classes)
-    ]
+    unknown = [(v, n) for v, n in zip(values.tolist(), counts.tolist(), strict=True) if not 0 <= v < len(classes)]
     listed = ", ".join(f"{value} ({number} voxels)" for value, number in unknown[:8])
     more = f" and {len(unknown) - 8} more" if len(unknown) > 8 else ""
     return (

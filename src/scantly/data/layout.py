@@ -106,9 +106,7 @@ def describe(root: Path) -> tuple[Description | None, list[Fault]]:
     except ConfigError as error:
         return None, [Fault("description", str(path), str(error))]
     if not isinstance(info, dict):
-        return None, [
-            Fault("description", str(path), f"{path} holds no JSON object; write it as nnU-Net does.")
-        ]
+        return None, [Fault("description", str(path), f"{path} holds no JSON object; write it as nnU-Net does.")]
     return _interpret(info, path)
 
 
@@ -142,8 +140,7 @@ def _channels(info: dict[str, Any], sentences: list[str]) -> tuple[str, ...]:
         return ()
     if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
         sentences.append(
-            f'"channel_names" has the keys {", ".join(map(str, names))}; '
-            "number the channels from 0 without gaps."
+            f'"channel_names" has the keys {", ".join(map(str, names))}; number the channels from 0 without gaps.'
         )
         return ()
     return tuple(str(names[key]) for key in sorted(names, key=int))
@@ -175,14 +172,10 @@ def _label_sentence(name: str, value: Any, earlier: Mapping[int, str]) -> str:
     if name == "ignore":
         return '"labels" has "ignore", which is not supported; label those voxels or leave the case out.'
     if isinstance(value, list):
-        return (
-            f'"labels" makes {name!r} a region of several values, which is not supported; give it one value.'
-        )
+        return f'"labels" makes {name!r} a region of several values, which is not supported; give it one value.'
     number = _whole(value)
     if number is not None:
-        return (
-            f'"labels" gives the value {number} to both {earlier[number]!r} and {name!r}; number them apart.'
-        )
+        return f'"labels" gives the value {number} to both {earlier[number]!r} and {name!r}; number them apart.'
     old = "version 1 of nnU-Net has them the other way round: " if _whole(name) is not None else ""
     return f'"labels" gives {name!r} the value {value!r}, which is no whole number; {old}write name: value.'
 
@@ -233,9 +226,7 @@ def visible(folder: Path) -> Iterator[Path]:
         yield from sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
-def _scan_part(
-    images: Path, labels: Path, ending: str, channels: int | None, faults: list[Fault]
-) -> dict[str, Case]:
+def _scan_part(images: Path, labels: Path, ending: str, channels: int | None, faults: list[Fault]) -> dict[str, Case]:
     files: dict[str, dict[int, Path]] = {}
     for path in visible(images):
         match = _CHANNEL.fullmatch(path.name.removesuffix(ending)) if path.name.endswith(ending) else None
@@ -251,8 +242,7 @@ def _scan_part(
             faults.append(_stray(path, f"<case>{ending}"))
     for name in sorted(found.keys() - files.keys()):
         message = (
-            f"{found[name]} has no scan {name}_0000{ending} in {images.name}; "
-            "rename it to its scan or move it away."
+            f"{found[name]} has no scan {name}_0000{ending} in {images.name}; rename it to its scan or move it away."
         )
         faults.append(Fault("label_without_image", str(found[name]), message))
     cases = {}

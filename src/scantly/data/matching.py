@@ -38,8 +38,7 @@ def find_files(folder: Path) -> list[Path]:
         others = Counter(path.suffix or path.name for path in files)
         there = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(3)) or "no files"
         raise DatasetError(
-            f"{folder} has no {', '.join(imaging.ENDINGS)} files ({there} instead); "
-            "convert the scans to one of these."
+            f"{folder} has no {', '.join(imaging.ENDINGS)} files ({there} instead); convert the scans to one of these."
         )
     return known
 
@@ -66,9 +65,7 @@ def name_files(files: Sequence[Path]) -> dict[str, Path]:
     if by_name is None:
         twice = Counter(map(imaging.stem, files)).most_common(1)[0][0]
         first, second = [path for path in files if imaging.stem(path) == twice][:2]
-        raise DatasetError(
-            f"{second} and {first} have the same name; rename the files so that each is one case."
-        )
+        raise DatasetError(f"{second} and {first} have the same name; rename the files so that each is one case.")
     return by_name
 
 
@@ -133,13 +130,10 @@ def match_labels(cases: Iterable[str], labels: Mapping[str, Path]) -> dict[str, 
         if len(found) != 1:
             what = "no scan" if not found else f"several scans ({', '.join(found[:3])})"
             raise DatasetError(
-                f"{path} fits {what} by name; name it like its scan, for instance {cases[0]}, "
-                "or move it away."
+                f"{path} fits {what} by name; name it like its scan, for instance {cases[0]}, or move it away."
             )
         if found[0] in matched:
-            raise DatasetError(
-                f"{path} and {matched[found[0]]} are both labels of {found[0]}; keep one of them."
-            )
+            raise DatasetError(f"{path} and {matched[found[0]]} are both labels of {found[0]}; keep one of them.")
         matched[found[0]] = path
     return matched
 

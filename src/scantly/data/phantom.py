@@ -276,9 +276,7 @@ def _paint_thorax(canvas: _Canvas, heart: _Heart, tissue: _Tissue) -> None:
     for _ in range(int(draw.integers(8, 16))):  # small vessels of the lung
         at = draw.uniform(-75, 75, 2)
         half = (draw.uniform(1, 3), draw.uniform(1, 4))
-        canvas.paint(
-            _ellipse(x - at[0], y - at[1] - 20 * (z - draw.uniform(0, 1)), half), draw.uniform(0.3, 0.8)
-        )
+        canvas.paint(_ellipse(x - at[0], y - at[1] - 20 * (z - draw.uniform(0, 1)), half), draw.uniform(0.3, 0.8))
     dome = draw.uniform(26, 48) - 30 * (0.5 - z) - draw.uniform(0.002, 0.006) * (x + draw.uniform(0, 40)) ** 2
     canvas.paint(y - dome + draw.uniform(0.1, 0.5) * x, tissue.liver)
     front = draw.uniform(2.2, 4.1)  # direction of the chest wall; the front is y < 0
@@ -300,9 +298,7 @@ def _paint_distractor(canvas: _Canvas, heart: _Heart, tissue: _Tissue, *, walled
     at_y = heart.center[1] + distance * np.sin(direction) + lean[1] * (canvas.z - 0.5)
     radius = heart.radius * (draw.uniform(0.4, 0.72) if walled else draw.uniform(0.15, 0.4))
     taper = 1 - draw.uniform(0, 0.8) * np.abs(canvas.z - draw.uniform(0, 1))
-    body = _ellipse(
-        canvas.x - at_x, canvas.y - at_y, (radius * taper * draw.uniform(0.8, 1.2), radius * taper)
-    )
+    body = _ellipse(canvas.x - at_x, canvas.y - at_y, (radius * taper * draw.uniform(0.8, 1.2), radius * taper))
     if walled:
         canvas.paint(body + _RING_MM, tissue.fat * draw.uniform(0.4, 1.0))
         canvas.paint(body, tissue.myocardium * draw.uniform(0.8, 1.2))

@@ -192,12 +192,8 @@ def make_plan(
     """
     given = merge(overrides or {})
     _check_dims(given, dims)
-    given["normalization"], normalization_reason = _requested_normalization(
-        dataset, given.get("normalization")
-    )
-    wants_foreground = [
-        channel for channel, entry in enumerate(given["normalization"]) if _lacks_numbers(entry)
-    ]
+    given["normalization"], normalization_reason = _requested_normalization(dataset, given.get("normalization"))
+    wants_foreground = [channel for channel, entry in enumerate(given["normalization"]) if _lacks_numbers(entry)]
     found = collect(dataset, split, foreground_channels=wants_foreground)
     choices = _Choices(found, given, dims)
     choices.choose_grid()
@@ -210,8 +206,7 @@ def _check_dims(given: Mapping[str, Any], dims: int | None) -> None:
     asked = given.get("spatial_dims")
     if dims is not None and asked is not None and asked != dims:
         raise ConfigError(
-            f"the plan section asks for spatial_dims {asked} and the option for {dims} dimensions; "
-            "remove one of them."
+            f"the plan section asks for spatial_dims {asked} and the option for {dims} dimensions; remove one of them."
         )
 
 
@@ -245,11 +240,7 @@ def _requested_normalization(dataset: Dataset, given: Any) -> tuple[list[Any], s
 
 def _lacks_numbers(entry: Any) -> bool:
     numbers = ("lower", "upper", "mean", "std")
-    return (
-        isinstance(entry, Mapping)
-        and entry.get("scheme") == "ct"
-        and any(entry.get(n) is None for n in numbers)
-    )
+    return isinstance(entry, Mapping) and entry.get("scheme") == "ct" and any(entry.get(n) is None for n in numbers)
 
 
 class _Choices:
@@ -271,9 +262,7 @@ class _Choices:
     def choose_grid(self) -> None:
         found = self.found
         if found.flat and 3 in (self.dims, self.given.get("spatial_dims")):
-            raise ConfigError(
-                "every image is a single 2D image, so a 3D plan is impossible; use 2 dimensions."
-            )
+            raise ConfigError("every image is a single 2D image, so a 3D plan is impossible; use 2 dimensions.")
         if self.dims is not None:
             self.put("spatial_dims", self.dims, SET_BY_USER)
         else:

@@ -90,9 +90,7 @@ def read_split_file(root: Path) -> SplitFile | None:
         raise DatasetError(str(error)) from error
 
 
-def split_faults(
-    file: SplitFile, path: Path, train: Mapping[str, Case], test: Mapping[str, Case]
-) -> Iterator[Fault]:
+def split_faults(file: SplitFile, path: Path, train: Mapping[str, Case], test: Mapping[str, Case]) -> Iterator[Fault]:
     """Find everything wrong with ``splits.json``, whatever protocol will be asked for.
 
     Args:
@@ -156,9 +154,7 @@ def on_both_sides(file: SplitFile, one: str, other: str) -> bool:
     """Whether any pair of lists that must stay apart has one case in each."""
     lists = {key: set(names) for key, names in _lists(file).items()}
     pairs = [(lists.get(first, set()), lists.get(second, set())) for first, second in _SIDES]
-    return any(
-        (one in first and other in second) or (other in first and one in second) for first, second in pairs
-    )
+    return any((one in first and other in second) or (other in first and one in second) for first, second in pairs)
 
 
 def listed(names: Iterable[str]) -> str:

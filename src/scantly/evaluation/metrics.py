@@ -308,9 +308,7 @@ def _surface_scores(distances: SurfaceDistances, unit: str, tolerance: float) ->
     }
 
 
-def _empty_scores(
-    pair: Pair, voxel_size: tuple[float, ...] | None, convention: Convention
-) -> dict[str, float]:
+def _empty_scores(pair: Pair, voxel_size: tuple[float, ...] | None, convention: Convention) -> dict[str, float]:
     both_empty = pair.status == "both_empty"
     if convention == "literature":
         share, diagonals = float(both_empty), 0.0

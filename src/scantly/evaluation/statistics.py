@@ -194,9 +194,7 @@ def _check_same_rows(tables: Mapping[str, pd.DataFrame]) -> None:
         unmatched = [(case, first_name, name) for case, _ in sorted(first - others)]
         unmatched += [(case, name, first_name) for case, _ in sorted(others - first)]
         if unmatched:
-            listed_cases = list(
-                dict.fromkeys(f"{case} (in {has}, not in {lacks})" for case, has, lacks in unmatched)
-            )
+            listed_cases = list(dict.fromkeys(f"{case} (in {has}, not in {lacks})" for case, has, lacks in unmatched))
             more = f" and {len(listed_cases) - 5} more" if len(listed_cases) > 5 else ""
             raise RunError(
                 f"methods must be evaluated on the same cases and classes, these do not match: "

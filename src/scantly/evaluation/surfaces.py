@@ -64,9 +64,7 @@ def checked_spacing(spacing: Sequence[float] | None, ndim: int) -> tuple[float, 
     if ndim == 2 and len(values) == 3:
         values = values[1:]
     if len(values) != ndim or not all(np.isfinite(value) and value > 0 for value in values):
-        raise ValueError(
-            f"spacing {tuple(spacing)} does not fit: give {ndim} positive numbers, one per axis."
-        )
+        raise ValueError(f"spacing {tuple(spacing)} does not fit: give {ndim} positive numbers, one per axis.")
     return values
 
 
@@ -188,9 +186,7 @@ class Surfaces:
         )
 
 
-def _nearest(
-    points: NDArray[np.intp], targets: NDArray[np.intp], size: NDArray[np.float64]
-) -> NDArray[np.float64]:
+def _nearest(points: NDArray[np.intp], targets: NDArray[np.intp], size: NDArray[np.float64]) -> NDArray[np.float64]:
     """Distance of each point to its nearest target: near ones by looking around, the others in a tree."""
     steps, lengths = _neighborhood(size)
     margin = np.abs(steps).max(axis=0)

@@ -57,9 +57,7 @@ class Definition(NamedTuple):
 def _distance_definitions(unit: str) -> dict[str, Definition]:
     measure = "voxels, spacing ignored" if unit == "voxels" else "mm, with the case's own spacing"
     surface = "Surface voxels are those with a face neighbor outside the mask"
-    tolerance = (
-        f"{TOLERANCE_VOXELS:g} voxel" if unit == "voxels" else "the tolerance in mm named with the table"
-    )
+    tolerance = f"{TOLERANCE_VOXELS:g} voxel" if unit == "voxels" else "the tolerance in mm named with the table"
     return {
         f"hd95_{unit}": Definition(
             "HD95",
@@ -70,8 +68,7 @@ def _distance_definitions(unit: str) -> dict[str, Definition]:
         ),
         f"asd_{unit}": Definition(
             "ASD",
-            f"Mean distance from the prediction's surface to the reference's, one direction, in {measure}. "
-            f"{surface}.",
+            f"Mean distance from the prediction's surface to the reference's, one direction, in {measure}. {surface}.",
             unit,
             False,
         ),
@@ -151,9 +148,7 @@ def load_table(path: Path) -> pd.DataFrame:
         try:
             table[name] = [float(value) if value else np.nan for value in table[name]]
         except ValueError as error:
-            raise RunError(
-                f"{path}: column {name} does not hold numbers ({error}); evaluate again."
-            ) from error
+            raise RunError(f"{path}: column {name} does not hold numbers ({error}); evaluate again.") from error
     return table
 
 
@@ -249,9 +244,7 @@ def aggregate_seeds(summaries: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         values = {summary[key] for summary in summaries}
         if len(values) > 1:
             listed = ", ".join(sorted(str(value) for value in values))
-            raise RunError(
-                f"runs with different {key} ({listed}) are not seeds of one; aggregate them apart."
-            )
+            raise RunError(f"runs with different {key} ({listed}) are not seeds of one; aggregate them apart.")
     names = list(first["classes"])
     if any(list(summary["classes"]) != names for summary in summaries):
         raise RunError("runs with different classes are not seeds of one; aggregate them apart.")

@@ -66,8 +66,7 @@ def decoding(path: Path, kind: str) -> Iterator[None]:
     except _FAULTS as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise ImageError(
-            f"{path} cannot be read as a {kind} ({reason[:200]}): it is truncated or damaged; "
-            "fetch or export it again."
+            f"{path} cannot be read as a {kind} ({reason[:200]}): it is truncated or damaged; fetch or export it again."
         ) from error
 
 

@@ -135,9 +135,7 @@ def _read_header(stream: IO[bytes] | gzip.GzipFile, path: Path) -> _Header:
         header = nibabel.Nifti1Header(raw, check=False)
         magic = bytes(raw[344:347])
     else:
-        raise ImageError(
-            f"{path} is not a NIfTI file (its first bytes are {raw[:4]!r}); convert it to NIfTI."
-        )
+        raise ImageError(f"{path} is not a NIfTI file (its first bytes are {raw[:4]!r}); convert it to NIfTI.")
     if magic not in (b"n+1", b"n+2"):
         raise ImageError(f"{path} is half of an image/header pair or an Analyze file; convert it to .nii.gz.")
     return _interpret(header, raw, path)

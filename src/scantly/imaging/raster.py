@@ -71,9 +71,7 @@ def read_voxels(path: Path, *, indices: bool) -> tuple[NDArray[Any], Geometry]:
     channels = _channels_first(pixels, path)
     if indices and len(channels) > 1:
         if not (channels == channels[:1]).all():
-            raise ImageError(
-                f"{path} is a color picture, not a label: store the class index of each pixel in gray."
-            )
+            raise ImageError(f"{path} is a color picture, not a label: store the class index of each pixel in gray.")
         channels = channels[:1]
     return channels[:, np.newaxis], geometry
 
@@ -134,8 +132,7 @@ def _png_pixels(picture: PIL.Image.Image, data: bytes, path: Path, indices: bool
     depth, color = data[24], data[25]  # of the IHDR chunk, always the first
     if depth == 16 and color != 0:
         raise ImageError(
-            f"{path} is a color or transparent PNG of 16 bits per channel, "
-            "which would be cut to 8; save it as TIFF."
+            f"{path} is a color or transparent PNG of 16 bits per channel, which would be cut to 8; save it as TIFF."
         )
     mode = picture.mode
     if mode == "P" and not indices:
@@ -200,9 +197,7 @@ def _channels_first(pixels: NDArray[Any], path: Path) -> NDArray[Any]:
     if pixels.ndim == 2:
         return pixels[np.newaxis]
     if pixels.ndim != 3 or pixels.shape[-1] not in (2, 3, 4):
-        raise ImageError(
-            f"{path} has pixels of shape {pixels.shape}; store gray or RGB, or one file per channel."
-        )
+        raise ImageError(f"{path} has pixels of shape {pixels.shape}; store gray or RGB, or one file per channel.")
     colors = 1 if pixels.shape[-1] == 2 else 3
     return np.ascontiguousarray(np.moveaxis(pixels[..., :colors], -1, 0))
 

@@ -79,23 +79,18 @@ def read_image(paths: Sequence[Path], *, finite: bool = True) -> Image:
     """
     if not paths:
         raise ValueError("paths is empty; give one file per channel")
-    arrays: list[NDArray[Any]] = []
-    geometry: Geometry | None = None
-    for path in paths:
-        array, own = _read_channels(path)
+    read = [_read_channels(path) for path in paths]
+    geometry = read[0][1]
+    for path, (array, own) in zip(paths, read, strict=True):
         if finite:
             require_finite(array, path)
-        geometry = geometry or own
-        difference = geometry_difference(geometry, own)
+        difference = geometry_difference(own, geometry)
         if difference:
             raise ImageError(
                 f"{path} and {paths[0]} are channels of one case but differ in {difference}; "
                 "resample one onto the other."
             )
-        arrays.append(array)
-    assert geometry is not None  # for the type checker: paths is not empty
-    array = arrays[0] if len(arrays) == 1 else np.concatenate(arrays)
-    return Image(array, geometry)
+    return Image(read[0][0] if len(read) == 1 else np.concatenate([array for array, _ in read]), geometry)
 
 
 def _read_channels(path: Path) -> tuple[NDArray[np.float32], Geometry]:
@@ -208,9 +203,7 @@ def _write(path: Path, array: NDArray[Any], geometry: Geometry, *, is_label: boo
 
 def _as_picture(path: Path, array: NDArray[Any], is_label: bool) -> NDArray[Any]:
     if array.shape[0] != 1:
-        raise ImageError(
-            f"{path} would hold {array.shape[0]} slices, which PNG and TIFF here cannot; use .nii.gz."
-        )
+        raise ImageError(f"{path} would hold {array.shape[0]} slices, which PNG and TIFF here cannot; use .nii.gz.")
     if not is_label:
         if path.suffix.lower() == ".png":
             raise ImageError(f"{path} would hold real numbers, which PNG cannot; use .tif or .nii.gz.")

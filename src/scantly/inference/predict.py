@@ -59,7 +59,7 @@ def label_on_original_grid(probs: np.ndarray, record: Record, plan: Plan) -> np.
     """
     if plan.interpolation == "nearest":
         return restore_label(probs.argmax(0).astype(np.uint8), record, plan)
-    return restore(probs, record, plan).argmax(0).astype(np.uint8)
+    return np.asarray(restore(probs, record, plan).argmax(0), dtype=np.uint8)
 
 
 @dataclass(frozen=True)
@@ -159,7 +159,11 @@ def find_inputs(inputs: Iterable[str | Path], *, channels: int) -> dict[str, tup
             raise ImageError(f"{file} and {cases[name][channel]} are both channel {channel} of '{name}'; rename one.")
         cases[name][channel] = file
     for name, by_channel in cases.items():
-        single_file_channels = len(by_channel) == 1 and file_ending(by_channel.get(0, Path())) in {".png", ".tif", ".tiff"}
+        single_file_channels = len(by_channel) == 1 and file_ending(by_channel.get(0, Path())) in {
+            ".png",
+            ".tif",
+            ".tiff",
+        }
         if not single_file_channels and sorted(by_channel) != list(range(channels)):
             raise ImageError(
                 f"'{name}' has channels {sorted(by_channel)}, the model takes {list(range(channels))}; give one file "

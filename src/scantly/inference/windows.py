@@ -45,7 +45,7 @@ def predict_array(
     tensor = torch.from_numpy(np.ascontiguousarray(array))
     items = tensor.movedim(1, 0) if spatial_dims == 2 else tensor[None]
     parts = [
-        _predict(network, part.to(device), patch_size, overlap).cpu() for part in items.split(SLICES_PER_FORWARD)
+        _predict(network, part.to(device), patch_size, overlap).cpu() for part in torch.split(items, SLICES_PER_FORWARD)
     ]
     probs = torch.cat(parts)
     probs = probs.movedim(0, 1) if spatial_dims == 2 else probs[0]
@@ -61,7 +61,7 @@ def _predict(network: nn.Module, images: Tensor, patch_size: tuple[int, ...], ov
         pads = [(left, total - left) for left, total in zip(before, missing, strict=True)]
         images = F.pad(images, [value for pair in reversed(pads) for value in pair])
     if tuple(images.shape[2:]) == tuple(patch_size):
-        probs = network(images).float().softmax(1)
+        probs: Tensor = network(images).float().softmax(1)
     else:
         from monai.inferers import sliding_window_inference
 
@@ -89,5 +89,5 @@ def entropy(probs: np.ndarray) -> np.ndarray:
         ``(...)``, float32 in [0, 1].
     """
     clipped = np.clip(probs, 1e-12, 1.0)
-    values = -(clipped * np.log(clipped)).sum(0) / math.log(probs.shape[0])
-    return np.clip(values, 0.0, 1.0).astype(np.float32)
+    values: np.ndarray = -(clipped * np.log(clipped)).sum(0) / math.log(probs.shape[0])
+    return np.asarray(np.clip(values, 0.0, 1.0), dtype=np.float32)

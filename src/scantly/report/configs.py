@@ -55,9 +55,7 @@ def as_yaml(values: Mapping[str, Any]) -> str:
 
 def differences(results: Sequence[Result]) -> list[Difference]:
     """Settings and environment that differ between runs, but for a plan's reasons and fingerprint."""
-    settings = [
-        flatten(result.run.config) | flatten(result.run.environment, "environment.") for result in results
-    ]
+    settings = [flatten(result.run.config) | flatten(result.run.environment, "environment.") for result in results]
     return [
         Difference(key, tuple(_short(values[key]) if key in values else _UNSET for values in settings))
         for key in differing_keys(settings)

@@ -204,9 +204,7 @@ def _section(protocol: str, split: str, results: Sequence[Result]) -> Section:
     tolerances = {float(result.summary.get("tolerance_mm", TOLERANCE_MM)) for result in results}
     if len(tolerances) > 1:
         listed = ", ".join(f"{value:g}" for value in sorted(tolerances))
-        raise RunError(
-            f"the runs were evaluated with different surface tolerances ({listed} mm); evaluate again."
-        )
+        raise RunError(f"the runs were evaluated with different surface tolerances ({listed} mm); evaluate again.")
     return Section(
         protocol=protocol,
         split=split,
@@ -221,9 +219,7 @@ def _section(protocol: str, split: str, results: Sequence[Result]) -> Section:
 
 
 def _refuse_other_cases(first: Result, other: Result) -> None:
-    ours, theirs = (
-        set(zip(result.table["case"], result.table["class"], strict=True)) for result in (first, other)
-    )
+    ours, theirs = (set(zip(result.table["case"], result.table["class"], strict=True)) for result in (first, other))
     for here, there, rows in ((first, other, ours - theirs), (other, first, theirs - ours)):
         if rows:
             case, name = min(rows)

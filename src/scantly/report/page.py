@@ -32,7 +32,7 @@ from scantly.report.tables import (
 if TYPE_CHECKING:
     from scantly.training.run import Run
 
-__all__ = ["build_report"]
+__all__ = ["compare"]
 
 _CLASS_COLORS = ("#35c8f5", "#ffc93c", "#ff5d8f", "#7be07b", "#c39bff", "#ff9a4d", "#5ff0d0", "#e6e65a")
 
@@ -48,7 +48,7 @@ class _Legend:
     dash: str
 
 
-def build_report(runs: Sequence[Run], out: Path, *, split: str | None = None) -> Path:
+def compare(runs: Sequence[Run | str | Path], out: str | Path = "report.html", *, split: str | None = None) -> Path:
     """Compare evaluated runs on one self-contained HTML page.
 
     Runs that differ in their seed only are aggregated; runs of different protocol kinds get separate sections
@@ -56,7 +56,7 @@ def build_report(runs: Sequence[Run], out: Path, *, split: str | None = None) ->
     page.
 
     Args:
-        runs: Evaluated runs, each once.
+        runs: Evaluated runs or their folders, each once.
         out: The HTML file to write.
         split: ``"test"`` or ``"val"``; ``None``: test if all runs were evaluated on it, else val.
 
@@ -67,7 +67,8 @@ def build_report(runs: Sequence[Run], out: Path, *, split: str | None = None) ->
         RunError: if a run was not evaluated, runs of one protocol kind were evaluated on different cases, or
             the page cannot be written.
     """
-    sections = collect(runs, split)
+    opened = [_open(run) for run in runs]
+    sections = collect(opened, split)
     results = [result for section in sections for result in section.results]
     template = _environment().from_string(
         (resources.files("scantly.report") / "template.html.j2").read_text(encoding="utf-8")
@@ -75,7 +76,7 @@ def build_report(runs: Sequence[Run], out: Path, *, split: str | None = None) ->
     page = template.render(
         title=_title(sections),
         version=__version__,
-        datasets=list(dict.fromkeys(str(run.config.get("data", {}).get("dataset", "?")) for run in runs)),
+        datasets=list(dict.fromkeys(str(run.config.get("data", {}).get("dataset", "?")) for run in opened)),
         sections=[_section(section) for section in sections],
         differences=differences(results) if len(results) > 1 else [],
         results=[
@@ -89,8 +90,16 @@ def build_report(runs: Sequence[Run], out: Path, *, split: str | None = None) ->
         ],
         class_color=_class_color,
     )
-    write_text(out, page)
-    return out
+    write_text(Path(out), page)
+    return Path(out)
+
+
+def _open(run: Run | str | Path) -> Run:
+    if isinstance(run, str | Path):
+        from scantly.training.run import Run as RunFolder
+
+        return RunFolder.open(run)
+    return run
 
 
 def _environment() -> jinja2.Environment:
@@ -109,9 +118,7 @@ def _class_color(number: int) -> str:
 
 
 def _title(sections: Sequence[Section]) -> str:
-    names = list(
-        dict.fromkeys(method.label.partition(",")[0] for section in sections for method in section.methods)
-    )
+    names = list(dict.fromkeys(method.label.partition(",")[0] for section in sections for method in section.methods))
     if len(names) == 1:
         return names[0]
     if len(names) > 4:
@@ -177,9 +184,7 @@ def _selection_sentence(section: Section) -> str:
         "last": "of the last iteration",
         "best": "of the iteration with the best Dice on validation cases",
     }
-    rules = [
-        str(result.run.config.get("evaluation", {}).get("selection", "last")) for result in section.results
-    ]
+    rules = [str(result.run.config.get("evaluation", {}).get("selection", "last")) for result in section.results]
     said = [meant.get(rule, rule) for rule in dict.fromkeys(rules)]
     if len(said) == 1:
         return f"All weights are {said[0]}."
@@ -188,9 +193,7 @@ def _selection_sentence(section: Section) -> str:
 
 def _lacks_lower_bound(section: Section) -> bool:
     bounds = {method.bound for method in section.methods}
-    only_supervised = all(
-        method.results[0].run.config["method"]["name"] == "supervised" for method in section.methods
-    )
+    only_supervised = all(method.results[0].run.config["method"]["name"] == "supervised" for method in section.methods)
     return "lower bound" not in bounds and not only_supervised
 
 

@@ -127,14 +127,10 @@ def _strips(
 def curves(section: Section) -> list[Plot]:
     """Validation Dice and every loss term over iterations, one line per run."""
     logs = [
-        (number, _log(result.run.log()))
-        for number, method in enumerate(section.methods)
-        for result in method.results
+        (number, _log(result.run.log())) for number, method in enumerate(section.methods) for result in method.results
     ]
     names = dict.fromkeys(name for _, log in logs for name in log)
-    shown = [name for name in names if name == "val/dice"] + [
-        name for name in names if name.startswith("loss/")
-    ]
+    shown = [name for name in names if name == "val/dice"] + [name for name in names if name.startswith("loss/")]
     plots = []
     for name in shown:
         lines = [(number, *log[name]) for number, log in logs if name in log]

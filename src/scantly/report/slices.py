@@ -109,9 +109,7 @@ def _example(result: Result, dataset: Dataset, case: str, rank: str, split: str)
     reference = read_label(files.label)
     prediction = read_label(_prediction_file(result.run.predictions(split), case))
     if not scan.array.shape[1:] == reference.array.shape == prediction.array.shape:
-        raise ImageError(
-            "scan, label and prediction differ in shape; they were changed after the evaluation."
-        )
+        raise ImageError("scan, label and prediction differ in shape; they were changed after the evaluation.")
     image, geometry = to_canonical(scan.array[0], scan.geometry)
     truth, _ = to_canonical(reference.array, reference.geometry)
     predicted, _ = to_canonical(prediction.array, prediction.geometry)
@@ -155,16 +153,12 @@ def _dice_text(result: Result, case: str) -> str:
     parts = []
     for name, value, status in zip(rows["class"], rows["dice"], rows["status"], strict=True):
         number = "–" if np.isnan(value) else f"{value:.2f}"
-        parts.append(
-            f"{name} {number}" if status in ("scored", "both_empty") else f"{name} {number} ({status})"
-        )
+        parts.append(f"{name} {number}" if status in ("scored", "both_empty") else f"{name} {number} ({status})")
     mean = float(rows["dice"].mean())
     return f"Dice {mean:.3f}: {', '.join(parts)}"
 
 
-def _window(
-    truth: NDArray[np.integer], predicted: NDArray[np.integer], geometry: Geometry
-) -> tuple[slice, slice]:
+def _window(truth: NDArray[np.integer], predicted: NDArray[np.integer], geometry: Geometry) -> tuple[slice, slice]:
     """Square part (in mm) around everything annotated or predicted in the slice, with a margin."""
     rows, columns = np.nonzero((truth > 0) | (predicted > 0))
     height, width = truth.shape

@@ -32,9 +32,7 @@ __all__ = [
 
 OVERALL = "mean over classes"
 _TITLES = list(dict.fromkeys(definition.title for definition in DEFINITIONS.values()))
-_BY_TITLE = sorted(
-    DEFINITIONS, key=lambda metric: _TITLES.index(DEFINITIONS[metric].title)
-)  # units side by side
+_BY_TITLE = sorted(DEFINITIONS, key=lambda metric: _TITLES.index(DEFINITIONS[metric].title))  # units side by side
 _OVERVIEW = ("dice", "jaccard", "hd95_voxels", "asd_voxels", "hd95_mm", "asd_mm")
 _LAST = ("", "lower bound", "upper bound")  # so that a difference reads: method minus bound
 _SMALLEST_P = 0.001  # smaller p values are written as < 0.001
@@ -115,8 +113,7 @@ def overview(section: Section) -> tuple[list[Column], list[Row]]:
         )
         if many:
             rows += [
-                _run_row(result, summary, shown)
-                for result, summary in zip(method.results, summaries, strict=True)
+                _run_row(result, summary, shown) for result, summary in zip(method.results, summaries, strict=True)
             ]
     return shown, _mark_best(rows, shown, section)
 
@@ -187,9 +184,7 @@ def _number(column: Column, value: float | None) -> str:
 def _mark_best(rows: list[Row], shown: Sequence[Column], section: Section) -> list[Row]:
     """Mark the best method of each column as printed; an upper bound does not compete."""
     bounds = {method.title: method.bound for method in section.methods}
-    rivals = [
-        index for index, row in enumerate(rows) if row.kind == "method" and bounds[row.head] != "upper bound"
-    ]
+    rivals = [index for index, row in enumerate(rows) if row.kind == "method" and bounds[row.head] != "upper bound"]
     if len(rivals) < 2:
         return rows
     marked = [list(row.cells) for row in rows]
@@ -266,10 +261,7 @@ def case_table(section: Section) -> list[tuple[str, list[str]]]:
     means = [case_means(method.table, "dice") for method in section.methods]
     totals = {case: sum(float(series[case]) for series in means) for case in section.cases}
     order = sorted(totals, key=lambda case: (math.isnan(totals[case]), totals[case]))
-    return [
-        (case, ["–" if math.isnan(series[case]) else f"{series[case]:.3f}" for series in means])
-        for case in order
-    ]
+    return [(case, ["–" if math.isnan(series[case]) else f"{series[case]:.3f}" for series in means]) for case in order]
 
 
 def comparison_table(runs: Sequence[Run], split: str | None = None) -> pd.DataFrame:

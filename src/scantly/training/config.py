@@ -58,7 +58,8 @@ class TrainingSection(Settings):
     gradient_clip: float | None = Field(None, gt=0, description="Largest gradient norm per optimizer; null: none.")
     precision: Literal["32", "bf16"] = Field("32", description="bf16: mixed precision by autocast.")
     channels_last: bool = Field(
-        True, description="Memory layout of 2D convolutions; measured 1.2 (fp32) and 1.4 (bf16) times faster on a CPU."
+        True,
+        description="Memory layout of 2D convolutions; measured 1.2 (fp32) and 1.4 (bf16) times faster on a CPU.",
     )
     compile: bool = Field(False, description="torch.compile the networks (needs a C++ compiler on the CPU).")
     validate_every: int | None = Field(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
+import math
 import signal
 import time
 from collections.abc import Iterator
@@ -21,55 +21,24 @@ from scantly.data.dataset import Dataset
 from scantly.data.store import Store
 from scantly.errors import RunError
 from scantly.inference.model import save_model
-from scantly.inference.windows import predict_array
-from scantly.methods.base import Batch, Method, Progress, Stage
+from scantly.methods.base import Batch, Method, Progress
 from scantly.training.checkpoint import capture_rng, load_checkpoint, restore_rng, save_checkpoint
 from scantly.training.config import RunConfig
 from scantly.training.logs import RunLog
 from scantly.training.optimizers import TrainingHandles
 from scantly.training.progress import ProgressLine
 from scantly.training.run import Run
+from scantly.training.stages import StageSpan, pseudo_label_folder, relabel, stage_spans
 from scantly.training.validation import validate
 from scantly.views import weak
 
-__all__ = ["Engine", "Interrupted", "StageSpan", "stage_spans"]
+__all__ = ["Engine", "RunInterruptedError"]
 
 _LOGGER = logging.getLogger("scantly")
-_WHOLE = (slice(None), slice(None), slice(None))
 
 
-class Interrupted(RunError):
+class RunInterruptedError(RunError):
     """The user asked to stop; a checkpoint was written."""
-
-
-@dataclass(frozen=True)
-class StageSpan:
-    """A stage and the iterations of the run that are its own, ``start <= iteration < stop``."""
-
-    stage: Stage
-    start: int
-    stop: int
-
-
-def stage_spans(stages: list[Stage], steps: int) -> list[StageSpan]:
-    """Divide the budget by the stages' shares; rounding goes by the cumulated shares, so all steps are used.
-
-    Args:
-        stages: In order.
-        steps: Iterations of the run.
-
-    Raises:
-        RunError: if a stage would get no iteration.
-    """
-    total = sum(stage.share for stage in stages)
-    borders = [round(steps * share / total) for share in itertools.accumulate(stage.share for stage in stages)]
-    spans = [
-        StageSpan(stage, start, stop) for stage, start, stop in zip(stages, [0, *borders[:-1]], borders, strict=True)
-    ]
-    for span in spans:
-        if span.start >= span.stop:
-            raise RunError(f"stage '{span.stage.name}' would get no iteration of {steps}; raise --steps.")
-    return spans
 
 
 @dataclass
@@ -81,12 +50,23 @@ class _Best:
 
 
 @dataclass
-class _Timer:
-    """Seconds since the last line of the log."""
+class _Loop:
+    """What the loop of one stage works with; the clock runs since the last line of the log."""
 
+    span: StageSpan
+    handles: TrainingHandles
+    log: RunLog | None
+    line: ProgressLine
     started: float = field(default_factory=time.monotonic)
     waited: float = 0.0
     steps: int = 0
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Time that does not count as training."""
+        begun = time.monotonic()
+        yield
+        self.started += time.monotonic() - begun
 
 
 class Engine:
@@ -127,7 +107,7 @@ class Engine:
         """Train from the last checkpoint, or from the start, to the end; then write the model.
 
         Raises:
-            Interrupted: after Ctrl-C or SIGTERM, with a checkpoint written.
+            RunInterruptedError: after Ctrl-C or SIGTERM, with a checkpoint written.
             RunError: if the loss is not finite, or a checkpoint cannot be written or read.
         """
         state = self._load()
@@ -148,31 +128,29 @@ class Engine:
             if log is not None:
                 log.close()
 
-    def _run_stage(
-        self, span: StageSpan, state: dict[str, Any] | None, log: RunLog | None, line: ProgressLine
-    ) -> None:
+    def _run_stage(self, span: StageSpan, state: dict[str, Any] | None, log: RunLog | None, line: ProgressLine) -> None:
         begins = self.iteration == span.start
         if state is not None:
             restore_rng(self.method.generator, state["generators"])
         pseudo_labels = self._pseudo_labels(span, begins=begins)
         if begins:
             self.method.start_stage(span.stage)
-        handles = TrainingHandles(self.method, self.config.training, span.stop - span.start)
+        handles = TrainingHandles(self.method, self.config.training, span.length)
         if not begins and state is not None:
             handles.load_state_dict(state["optimizers"])
         elif begins and not span.stage.restart_optimizers and self._previous_optimizers is not None:
             handles.load_state_dict(self._previous_optimizers)
         batches = iter(self._loader(span, pseudo_labels))
-        timer = _Timer()
+        loop = _Loop(span, handles, log, line)
         while self.iteration < span.stop:
             asked = time.monotonic()
             raw = next(batches)
-            timer.waited += time.monotonic() - asked
+            loop.waited += time.monotonic() - asked
             handles.set_iteration(self.iteration - span.start)
             terms = self._step(raw, span, handles)
             self.iteration += 1
-            timer.steps += 1
-            self._after_step(span, terms, handles, log, line, timer)
+            loop.steps += 1
+            self._after_step(loop, terms)
         self._previous_optimizers = handles.state_dict()
 
     _previous_optimizers: dict[str, Any] | None = None
@@ -180,7 +158,7 @@ class Engine:
     def _step(self, raw: RawBatch, span: StageSpan, handles: TrainingHandles) -> dict[str, Tensor]:
         progress = Progress(
             iteration=self.iteration - span.start,
-            total=span.stop - span.start,
+            total=span.length,
             stage=span.stage.name,
             run_iteration=self.iteration,
             run_total=self.config.training.steps,
@@ -244,99 +222,71 @@ class Engine:
             pseudo_labels=pseudo_labels,
         )
         workers = self.config.data.workers
-        return iter(
-            make_loader(source, self.iteration, span.stop, workers, self.fabric.device.type == "cuda")
-        )
+        return iter(make_loader(source, self.iteration, span.stop, workers, self.fabric.device.type == "cuda"))
 
     def _pseudo_labels(self, span: StageSpan, *, begins: bool) -> PseudoLabels | None:
         """The pool's labels that hold in this stage: written now, or by the latest stage that relabeled."""
         index = self.spans.index(span)
-        relabeled = [i for i, other in enumerate(self.spans[: index + 1]) if other.stage.relabel]
-        if not relabeled:
+        place = pseudo_label_folder(self.run.folder, self.spans, index)
+        if place is None:
             return None
-        folder = self.run.folder / "pseudo_labels" / f"{relabeled[-1]}-{self.spans[relabeled[-1]].stage.name}"
-        if begins and relabeled[-1] == index and self.fabric.is_global_zero:
-            self._relabel(PseudoLabels(folder))
-        self.fabric.barrier()
-        return PseudoLabels(folder)
-
-    def _relabel(self, pseudo_labels: PseudoLabels) -> None:
-        network, plan = self.method.predictor, self.config.plan
-        was_training = network.training
-        network.eval()
-        for case in self.split.unlabeled:
-            probs = predict_array(
-                network,
-                self.store.read_image(case, _WHOLE),
-                spatial_dims=plan.spatial_dims,
-                patch_size=plan.patch_size,
+        folder, writer = place
+        if begins and writer == index and self.fabric.is_global_zero:
+            _LOGGER.info("stage '%s': predicting %d unlabeled cases", span.stage.name, len(self.split.unlabeled))
+            relabel(
+                self.method.predictor,
+                self.split.unlabeled,
+                store=self.store,
+                plan=self.config.plan,
                 device=self.fabric.device,
+                folder=folder,
             )
-            pseudo_labels.write(case, probs.argmax(0).astype("uint8"))
-        network.train(was_training)
+        self.fabric.barrier()
+        return PseudoLabels.open(folder)
 
-    def _after_step(
-        self,
-        span: StageSpan,
-        terms: dict[str, Tensor],
-        handles: TrainingHandles,
-        log: RunLog | None,
-        line: ProgressLine,
-        timer: _Timer,
-    ) -> None:
+    def _after_step(self, loop: _Loop, terms: dict[str, Tensor]) -> None:
         settings = self.config.training
         logged = self.method.pop_logged()
         last = self.iteration == settings.steps
         saves = self.iteration % settings.checkpoint_interval == 0 or last or self._stop_requested
         if saves or self.iteration % settings.log_every == 0:  # before saving: no checkpoint of a diverged state
-            values = self._log(span, terms, logged, handles, log, timer)
-            note = ", ".join(f"{name.split('/')[1]} {value:.3g}" for name, value in values.items() if "loss/" in name)
-            rate = values.get("lr/main", next(iter(handles.rates().values())))
-            wait = values["time/data_wait"]
-            line.update(self.iteration, title=span.stage.name, note=f"{note}, lr {rate:.2g}, data wait {wait:.0%}")
+            self._log(loop, terms, logged)
         if self.split.val and (self.iteration % settings.validation_interval == 0 or last):
-            paused = time.monotonic()
-            self._validate(span, log, line)
-            timer.started += time.monotonic() - paused
+            with loop.paused():
+                self._validate(loop)
         if saves:
-            paused = time.monotonic()
-            self._save(handles, log)
-            timer.started += time.monotonic() - paused
+            with loop.paused():
+                self._save(loop)
         if self._stop_requested and not last:
-            raise Interrupted(
+            raise RunInterruptedError(
                 f"stopped after iteration {self.iteration} of {settings.steps}; a checkpoint was written, continue "
                 "with --resume."
             )
 
-    def _log(
-        self,
-        span: StageSpan,
-        terms: dict[str, Tensor],
-        logged: dict[str, Tensor],
-        handles: TrainingHandles,
-        log: RunLog | None,
-        timer: _Timer,
-    ) -> dict[str, float]:
+    def _log(self, loop: _Loop, terms: dict[str, Tensor], logged: dict[str, Tensor]) -> None:
         """One synchronization for all scalars; refuses a loss that is not finite."""
         names = [*(f"loss/{name}" for name in terms), *(f"method/{name}" for name in logged)]
         tensors = [value.detach().float().to(self.fabric.device) for value in (*terms.values(), *logged.values())]
         values = dict(zip(names, torch.stack(tensors).cpu().tolist(), strict=True))
         for name, value in values.items():
-            if name.startswith("loss/") and not abs(value) < float("inf"):
+            if name.startswith("loss/") and not math.isfinite(value):
                 raise RunError(
-                    f"{name} is {value} at iteration {self.iteration}; lower training.lr, set training.gradient_clip, "
-                    "or use --precision 32. The last checkpoint is kept."
+                    f"{name} is {value} at iteration {self.iteration}; lower training.lr, set "
+                    "training.gradient_clip, or use --precision 32. The last checkpoint is kept."
                 )
-        elapsed = max(time.monotonic() - timer.started, 1e-9)
-        values |= {f"lr/{name}": rate for name, rate in handles.rates().items()}
-        values["time/seconds_per_iteration"] = elapsed / max(timer.steps, 1)
-        values["time/data_wait"] = timer.waited / elapsed
-        timer.started, timer.waited, timer.steps = time.monotonic(), 0.0, 0
-        if log is not None:
-            log.write(self.iteration, span.stage.name, values)
-        return values
+        note = ", ".join(f"{name[5:]} {value:.3g}" for name, value in values.items() if name.startswith("loss/"))
+        elapsed = max(time.monotonic() - loop.started, 1e-9)
+        wait = loop.waited / elapsed
+        rates = loop.handles.rates()
+        values |= {f"lr/{name}": rate for name, rate in rates.items()}
+        values |= {"time/seconds_per_iteration": elapsed / max(loop.steps, 1), "time/data_wait": wait}
+        loop.started, loop.waited, loop.steps = time.monotonic(), 0.0, 0
+        if loop.log is not None:
+            loop.log.write(self.iteration, loop.span.stage.name, values)
+        note += f", lr {next(iter(rates.values())):.2g}, data wait {wait:.1%}"
+        loop.line.update(self.iteration, title=loop.span.stage.name, note=note)
 
-    def _validate(self, span: StageSpan, log: RunLog | None, line: ProgressLine) -> None:
+    def _validate(self, loop: _Loop) -> None:
         if not self.fabric.is_global_zero:
             return
         values = validate(
@@ -348,10 +298,10 @@ class Engine:
             device=self.fabric.device,
             autocast=self._autocast(),
         )
-        if log is not None:
-            log.write(self.iteration, span.stage.name, values)
+        if loop.log is not None:
+            loop.log.write(self.iteration, loop.span.stage.name, values)
         score = values["val/dice"]
-        line.update(self.iteration, note=f"validation Dice {score:.4f}", force=True)
+        loop.line.update(self.iteration, note=f"validation Dice {score:.4f}", force=True)
         if score > self.best.value:
             self.best = _Best(score, self.iteration)
             weights = self.method.predictor.state_dict()
@@ -359,14 +309,14 @@ class Engine:
                 self.run.best_checkpoint, {"iteration": self.iteration, "dice": score, "predictor": weights}
             )
 
-    def _save(self, handles: TrainingHandles, log: RunLog | None) -> None:
-        if not self.fabric.is_global_zero or log is None:
+    def _save(self, loop: _Loop) -> None:
+        if loop.log is None:
             return
-        log.flush()
+        loop.log.flush()
         state = {
             "iteration": self.iteration,
             "method": self.method.state_dict(),
-            "optimizers": handles.state_dict(),
+            "optimizers": loop.handles.state_dict(),
             "generators": capture_rng(self.method.generator),
             "best": {"value": self.best.value, "iteration": self.best.iteration},
         }

@@ -62,7 +62,7 @@ def evaluate_run(run: Run, split: str | None = None, *, device: str = "auto") ->
             write_prediction(prediction, run.predictions(chosen), name, case.images[0])
             rows += score_case(
                 prediction.labels,
-                read_label(case.label).array,
+                dataset.read_label(name).array,
                 classes=dataset.classes,
                 spacing=prediction.geometry.spacing if prediction.geometry.has_spacing else None,
                 convention=config.evaluation.protocol,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -32,10 +33,10 @@ def learning_rate(name: str, iteration: int, total: int, settings: TrainingSecti
         Factor in (0, 1].
     """
     if name == "poly":
-        return (1.0 - max(iteration - 1, 0) / total) ** settings.power
+        return math.pow(1.0 - max(iteration - 1, 0) / total, settings.power)
     if name == "step":
         passed = sum(iteration >= round(share * total) for share in settings.milestones)
-        return settings.gamma**passed
+        return math.pow(settings.gamma, passed)
     return 1.0
 
 
@@ -78,7 +79,7 @@ class TrainingHandles:
     def backward(self, loss: Tensor, name: str | None = None) -> None:
         """Add the gradient of ``loss``, to the parameters of one optimizer or to all leaves."""
         with torch.autocast(loss.device.type, enabled=False):  # backward runs in the precision of the forward
-            loss.backward(inputs=None if name is None else self._parameters(name))
+            torch.autograd.backward(loss, inputs=None if name is None else self._parameters(name))
 
     def average_gradients(self, name: str = "main") -> None:
         """Average the gradients of one optimizer over the ranks, once per update."""
@@ -126,7 +127,12 @@ def _build(
     if name == "sgd":
         momentum = settings.momentum if spec.momentum is None else spec.momentum
         return torch.optim.SGD(
-            parameters, lr=lr, momentum=momentum, weight_decay=weight_decay, nesterov=spec.nesterov, foreach=True
+            parameters,
+            lr=lr,
+            momentum=momentum,
+            weight_decay=weight_decay,
+            nesterov=spec.nesterov,
+            foreach=True,
         )
     kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
     return kind(parameters, lr=lr, betas=spec.betas, weight_decay=weight_decay, foreach=True)

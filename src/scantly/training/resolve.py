@@ -138,9 +138,7 @@ def _refuse_conflicts(flags: Mapping[str, Any], sets: Mapping[str, Any]) -> None
     set_values = _flatten(sets)
     for key, value in _flatten(flags).items():
         if key in set_values and set_values[key] != value:
-            raise ConfigError(
-                f"a flag says {key}={value} and --set says {key}={set_values[key]}; give one of the two."
-            )
+            raise ConfigError(f"a flag says {key}={value} and --set says {key}={set_values[key]}; give one of the two.")
 
 
 def resolve(

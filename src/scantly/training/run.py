@@ -92,10 +92,10 @@ class Run:
 
     def evaluation(self, split: str) -> pd.DataFrame | None:
         """Per-case table of a split; ``None`` if it was not evaluated."""
-        import pandas as pd
+        from scantly.evaluation import load_table
 
         path = self.folder / "evaluation" / f"{split}.csv"
-        return pd.read_csv(path, dtype={"case": str}) if path.is_file() else None
+        return load_table(path) if path.is_file() else None
 
     def summary(self, split: str) -> dict[str, Any]:
         """Means and counts of an evaluated split.

@@ -86,10 +86,10 @@ def train(
 
 def build_method(config: RunConfig) -> Method:
     """The method of a configuration, freshly initialized from torch's global generator."""
-    split, plan = config.split, config.plan
+    plan = config.plan
     dataset = Dataset.open(Path(config.data.dataset))
     task = Task(
-        channels=_channel_count(dataset, split),
+        channels=len(dataset.channels),
         classes=dataset.classes,
         spatial_dims=plan.spatial_dims,
         patch_size=tuple(plan.patch_size),
@@ -98,16 +98,6 @@ def build_method(config: RunConfig) -> Method:
     )
     method = catalogue.load(config.method_name)
     return method(task, parse(method.Config, config.method_settings, where="method"))
-
-
-def _channel_count(dataset: Dataset, split: Mapping[str, Any]) -> int:
-    """Channels of an image: files of a case, or colors of a single PNG or TIFF."""
-    from scantly.imaging import read_image
-
-    case = dataset.case(split["labeled"][0])
-    if len(case.images) > 1 or dataset.file_ending not in {".png", ".tif", ".tiff"}:
-        return len(case.images)
-    return int(read_image(case.images).array.shape[0])
 
 
 def train_config(config: RunConfig, out: str | Path, *, resume: bool = False, quiet: bool = False) -> Run:
@@ -128,6 +118,8 @@ def train_config(config: RunConfig, out: str | Path, *, resume: bool = False, qu
     fabric = Fabric(accelerator=device.type, devices=settings.devices, num_nodes=settings.nodes)
     fabric.launch()
     with run.locked() if fabric.is_global_zero else nullcontext():
+        torch.manual_seed(settings.seed)
+        method = build_method(config)  # before anything is written: it may refuse network or settings
         if fabric.is_global_zero:
             environment = describe_environment(fabric.device, world_size=fabric.world_size)
             run.claim(config, environment, resume=resume)
@@ -137,10 +129,9 @@ def train_config(config: RunConfig, out: str | Path, *, resume: bool = False, qu
             return run
         with fabric.rank_zero_first():
             store = prepare_store(config, quiet=quiet or not fabric.is_global_zero)
-        torch.manual_seed(settings.seed)
-        method = build_method(config).to(fabric.device)
+        method.to(fabric.device)
         if config.training.channels_last and config.plan.spatial_dims == 2:
-            method.to(memory_format=torch.channels_last)
+            method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         torch.manual_seed(settings.seed + fabric.global_rank)  # dropout differs between ranks
         if settings.compile:
             for child in method.children():

@@ -12,11 +12,10 @@ from torch import nn
 from scantly.data.dataset import Dataset
 from scantly.data.plan import Plan
 from scantly.data.store import Store
-from scantly.errors import DatasetError
 from scantly.evaluation import dice_per_class
-from scantly.imaging import read_label
 from scantly.inference.predict import label_on_original_grid
 from scantly.inference.windows import predict_array
+from scantly.training.stages import evaluation_mode
 
 __all__ = ["validate"]
 
@@ -48,25 +47,16 @@ def validate(
     Returns:
         ``{"val/dice": ..., "val/dice/<class>": ...}`` in [0, 1]; a class that is in no case is left out.
     """
-    modes = [(module, module.training) for module in network.modules()]
-    network.eval()
     rows = []
-    for case in cases:
-        image = store.read_image(case, (slice(None), slice(None), slice(None)))
-        with autocast:
-            probs = predict_array(
-                network, image, spatial_dims=plan.spatial_dims, patch_size=plan.patch_size, device=device
-            )
-        labels = label_on_original_grid(probs, store.record(case), plan)
-        path = dataset.case(case).label
-        if path is None:
-            raise DatasetError(f"validation case '{case}' has no label file; add it or take the case out of 'val'.")
-        try:
-            rows.append(dice_per_class(labels, read_label(path).array, len(dataset.classes)))
-        except ValueError as error:
-            raise DatasetError(f"{path} does not fit its image or dataset.json: {error}") from error
-    for module, training in modes:
-        module.training = training
+    with evaluation_mode(network):
+        for case in cases:
+            image = store.read_image(case, (slice(None), slice(None), slice(None)))
+            with autocast:
+                probs = predict_array(
+                    network, image, spatial_dims=plan.spatial_dims, patch_size=plan.patch_size, device=device
+                )
+            labels = label_on_original_grid(probs, store.record(case), plan)
+            rows.append(dice_per_class(labels, dataset.read_label(case).array, len(dataset.classes)))
     table = np.asarray(rows)
     counted = (~np.isnan(table)).any(axis=0)
     means = np.full(table.shape[1], np.nan)

@@ -120,9 +120,7 @@ def apply_noise(images: Tensor, params: Noise) -> Tensor:
     return (images.to(working_dtype(images)) + params.values).to(images.dtype)
 
 
-def noise(
-    images: Tensor, *, sigma: float = 0.1, clamp: float | None = 0.2, generator: torch.Generator
-) -> Tensor:
+def noise(images: Tensor, *, sigma: float = 0.1, clamp: float | None = 0.2, generator: torch.Generator) -> Tensor:
     """Images with fresh clamped Gaussian noise: :func:`sample_noise` and :func:`apply_noise` in one.
 
     Example:

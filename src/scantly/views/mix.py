@@ -22,9 +22,7 @@ __all__ = ["CutMix", "CutMixConfig", "apply_cutmix", "box_mask", "sample_cutmix"
 class CutMixConfig(Settings):
     """How boxes are drawn. ``area=(0.5, 0.5)`` gives the half-area rectangles of ARCO."""
 
-    probability: float = Field(
-        0.5, ge=0, le=1, description="Probability that an image is mixed (UniMatch: 0.5)"
-    )
+    probability: float = Field(0.5, ge=0, le=1, description="Probability that an image is mixed (UniMatch: 0.5)")
     area: tuple[float, float] = Field(
         (0.02, 0.4),
         description="Bounds of the box's share of the area (2D) or volume (3D) (UniMatch: 0.02-0.4)",
@@ -88,9 +86,7 @@ def sample_cutmix(
     axes = len(size)
     share = uniform(batch, *config.area, generator=generator)
     if axes == 2:
-        lower, upper = (
-            torch.full_like(share, bound).clamp(share, 1 / share).log() for bound in config.aspect
-        )
+        lower, upper = (torch.full_like(share, bound).clamp(share, 1 / share).log() for bound in config.aspect)
         ratio = torch.exp(lower + (upper - lower) * uniform(batch, 0, 1, generator=generator))
         relative = torch.stack([(share * ratio).sqrt(), (share / ratio).sqrt()], dim=1)
     else:

@@ -66,9 +66,7 @@ class WeakConfig(Settings):
     )
     rotate_degrees: float = Field(20.0, ge=0, le=180, description="In-plane angle from U[-a, a), degrees")
     rotate_integer: bool = Field(False, description="Whole degrees only, -a to a - 1 (literature)")
-    scale: tuple[float, float] = Field(
-        (1.0, 1.0), description="Bounds of the magnification; above 1 enlarges"
-    )
+    scale: tuple[float, float] = Field((1.0, 1.0), description="Bounds of the magnification; above 1 enlarges")
     translate: float = Field(0.0, ge=0, le=1, description="Largest shift, share of each side")
     through_plane: bool = Field(
         False, description="3D: flip along D too, and scale and shift along D; needs near-isotropic voxels"
@@ -95,26 +93,20 @@ class WeakConfig(Settings):
     @classmethod
     def _whole_degrees(cls, value: bool, info: ValidationInfo) -> bool:
         if value and float(info.data.get("rotate_degrees", 0.0)) % 1:
-            raise ValueError(
-                f"whole degrees need a whole rotate_degrees, not {info.data['rotate_degrees']:g}"
-            )
+            raise ValueError(f"whole degrees need a whole rotate_degrees, not {info.data['rotate_degrees']:g}")
         return value
 
     @field_validator("through_plane")
     @classmethod
     def _official_is_in_plane(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("rotflip") == "official":
-            raise ValueError(
-                "the official rot-flip is in-plane only; choose rotflip 'flips' or 'independent'"
-            )
+            raise ValueError("the official rot-flip is in-plane only; choose rotflip 'flips' or 'independent'")
         return value
 
     @property
     def resamples(self) -> bool:
         """Whether any row may need interpolation."""
-        return self.p_rotate > 0 and (
-            self.rotate_degrees > 0 or self.scale != (1.0, 1.0) or self.translate > 0
-        )
+        return self.p_rotate > 0 and (self.rotate_degrees > 0 or self.scale != (1.0, 1.0) or self.translate > 0)
 
 
 class StrongConfig(Settings):
@@ -126,9 +118,7 @@ class StrongConfig(Settings):
 
     p_jitter: float = Field(0.8, ge=0, le=1, description="Probability of brightness and contrast changes")
     brightness: float = Field(0.5, ge=0, description="Brightness factor from U[1 - b, 1 + b), not below 0")
-    contrast: float = Field(
-        0.5, ge=0, description="Contrast factor about the mean from U[1 - c, 1 + c), not below 0"
-    )
+    contrast: float = Field(0.5, ge=0, description="Contrast factor about the mean from U[1 - c, 1 + c), not below 0")
     shift: float = Field(0.0, ge=0, description="Value added before, from U[-s, s), share of the row's range")
     clip: bool = Field(True, description="Jittered values stay within the row's own minimum and maximum")
     p_gamma: float = Field(0.0, ge=0, le=1, description="Probability of a gamma change")
@@ -137,9 +127,7 @@ class StrongConfig(Settings):
     blur_sigma: tuple[float, float] = Field((0.1, 2.0), description="Bounds of the blur's sigma, voxels")
     blur_through_plane: bool = Field(False, description="3D: blur along D too; needs near-isotropic voxels")
     p_noise: float = Field(0.0, ge=0, le=1, description="Probability of additive Gaussian noise")
-    noise_sigma: tuple[float, float] = Field(
-        (0.01, 0.1), description="Bounds of the noise's sigma, image units"
-    )
+    noise_sigma: tuple[float, float] = Field((0.01, 0.1), description="Bounds of the noise's sigma, image units")
 
     @field_validator("gamma", "blur_sigma", "noise_sigma")
     @classmethod
@@ -180,9 +168,7 @@ class StrongParams:
     noise: intensity.Noise | None
 
 
-def sample_weak(
-    config: WeakConfig, batch: int, size: Sequence[int], *, generator: torch.Generator
-) -> WeakParams:
+def sample_weak(config: WeakConfig, batch: int, size: Sequence[int], *, generator: torch.Generator) -> WeakParams:
     """Draw a geometry for each of ``batch`` rows of ``size`` ``(H, W)`` or ``(D, H, W)``."""
     branch = uniform(batch, 0.0, 1.0, generator=generator)
     if config.exclusive:
@@ -214,9 +200,7 @@ def sample_weak(
     return WeakParams(orthogonal, affine)
 
 
-def apply_weak(
-    x: Tensor, params: WeakParams, *, interpolation: spatial.Interpolation | None = None
-) -> Tensor:
+def apply_weak(x: Tensor, params: WeakParams, *, interpolation: spatial.Interpolation | None = None) -> Tensor:
     """Bring ``x`` into the view's geometry.
 
     Args:
@@ -234,9 +218,7 @@ def apply_weak(
     return x
 
 
-def invert_weak(
-    x: Tensor, params: WeakParams, *, interpolation: spatial.Interpolation | None = None
-) -> Tensor:
+def invert_weak(x: Tensor, params: WeakParams, *, interpolation: spatial.Interpolation | None = None) -> Tensor:
     """Bring ``x`` from the view's geometry back: exact where only flips and quarter turns were drawn.
 
     Where a row was resampled, it is resampled once more, and what had left the field of view is 0; the same
@@ -249,9 +231,7 @@ def invert_weak(
     return x
 
 
-def weak(
-    config: WeakConfig, images: Tensor, maps: Sequence[Tensor] = (), *, generator: torch.Generator
-) -> WeakView:
+def weak(config: WeakConfig, images: Tensor, maps: Sequence[Tensor] = (), *, generator: torch.Generator) -> WeakView:
     """Draw and apply the weak augmentation of a batch.
 
     Args:
@@ -302,9 +282,7 @@ def sample_strong(config: StrongConfig, shape: Sequence[int], *, generator: torc
         )
     if config.p_noise > 0:
         active = chance(batch, config.p_noise, generator=generator)
-        noise = intensity.sample_noise(
-            shape, sigma=config.noise_sigma, clamp=None, active=active, generator=generator
-        )
+        noise = intensity.sample_noise(shape, sigma=config.noise_sigma, clamp=None, active=active, generator=generator)
     return StrongParams(jitter, gamma, blur, noise)
 
 

@@ -120,9 +120,7 @@ def apply_orthogonal(x: Tensor, params: Orthogonal) -> Tensor:
     """
     if params.swap is not None:
         if x.shape[-1] != x.shape[-2]:
-            raise ValueError(
-                f"quarter turns need equal sides, not {tuple(x.shape[-2:])}; draw them for this size."
-            )
+            raise ValueError(f"quarter turns need equal sides, not {tuple(x.shape[-2:])}; draw them for this size.")
         # x stands first: the result takes its memory layout from there.
         x = torch.where(~as_rows(params.swap, x), x, x.transpose(-1, -2))
     axes = params.flip.shape[1]
@@ -245,9 +243,7 @@ def warp(x: Tensor, positions: Sequence[Tensor], *, interpolation: Interpolation
     if interpolation is None:
         interpolation = "linear" if x.is_floating_point() else "nearest"
     if interpolation == "linear" and not x.is_floating_point():
-        raise ValueError(
-            f"a map of type {x.dtype} would get values that mean nothing; use interpolation='nearest'."
-        )
+        raise ValueError(f"a map of type {x.dtype} would get values that mean nothing; use interpolation='nearest'.")
     if x.shape[0] == 0:
         return x
     axes = len(positions)

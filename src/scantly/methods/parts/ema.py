@@ -6,7 +6,7 @@ import copy
 from typing import Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["Buffers", "copy_buffers", "ema_decay", "make_teacher", "update_teacher"]
 
@@ -39,7 +39,8 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, *, buff
             ``"own"`` leaves those that the teacher's own train-mode passes gathered, as public scripts do;
             they lag, and such a teacher is often useless in evaluation mode.
     """
-    averages, values = list(teacher.parameters()), list(student.parameters())
+    averages: list[Tensor] = list(teacher.parameters())
+    values: list[Tensor] = list(student.parameters())
     torch._foreach_lerp_(averages, values, 1.0 - decay)
     if buffers == "student":
         copy_buffers(teacher, student)

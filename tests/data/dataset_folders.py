@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import zlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ def make(
     for part, names in (("Tr", [*labeled, *unlabeled]), ("Ts", test)):
         for name in names:
             for channel in range(channels):
-                seed = abs(hash((name, channel))) % 2**32
+                seed = zlib.crc32(f"{part}{name}{channel}".encode())
                 write_scan(root / f"images{part}" / f"{name}_{channel:04d}{ending}", seed)
             if name not in unlabeled:
                 write_label(root / f"labels{part}" / f"{name}{ending}")

@@ -1,0 +1,110 @@
+"""The stages of a run: their iterations, and the pool's pseudo-labels that some of them write."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from scantly.data.batches import PseudoLabels
+from scantly.data.plan import Plan
+from scantly.data.store import Store
+from scantly.errors import ConfigError
+from scantly.inference.windows import predict_array
+from scantly.methods.base import Stage
+
+__all__ = ["StageSpan", "evaluation_mode", "pseudo_label_folder", "relabel", "stage_spans"]
+
+_WHOLE = (slice(None), slice(None), slice(None))
+
+
+@dataclass(frozen=True)
+class StageSpan:
+    """A stage and the iterations of the run that are its own, ``start <= iteration < stop``."""
+
+    stage: Stage
+    start: int
+    stop: int
+
+    @property
+    def length(self) -> int:
+        """Number of iterations."""
+        return self.stop - self.start
+
+
+def stage_spans(stages: Sequence[Stage], steps: int) -> list[StageSpan]:
+    """Divide the budget by the stages' shares.
+
+    Rounding goes by the cumulated shares, so all steps are used.
+
+    Args:
+        stages: In order.
+        steps: Iterations of the run.
+
+    Raises:
+        ConfigError: if a stage would get no iteration.
+
+    Example:
+        >>> [(s.start, s.stop) for s in stage_spans([Stage("a", share=1), Stage("b", share=2)], 10)]
+        [(0, 3), (3, 10)]
+    """
+    total = sum(stage.share for stage in stages)
+    borders = [round(steps * share / total) for share in itertools.accumulate(stage.share for stage in stages)]
+    spans = [
+        StageSpan(stage, start, stop) for stage, start, stop in zip(stages, [0, *borders[:-1]], borders, strict=True)
+    ]
+    for span in spans:
+        if span.length < 1:
+            raise ConfigError(f"stage '{span.stage.name}' would get no iteration of {steps}; raise --steps.")
+    return spans
+
+
+def pseudo_label_folder(run: Path, spans: Sequence[StageSpan], index: int) -> tuple[Path, int] | None:
+    """Where the pseudo-labels that hold in a stage lie, and which stage wrote them; ``None``: none do."""
+    writers = [i for i, span in enumerate(spans[: index + 1]) if span.stage.relabel]
+    if not writers:
+        return None
+    return run / "pseudo_labels" / f"{writers[-1]}-{spans[writers[-1]].stage.name}", writers[-1]
+
+
+class evaluation_mode:  # noqa: N801 - a context manager, used like a function
+    """Put a network into evaluation mode for a block; afterwards every module is as it was."""
+
+    def __init__(self, network: nn.Module) -> None:
+        self._modes = [(module, module.training) for module in network.modules()]
+        self._network = network
+
+    def __enter__(self) -> None:
+        self._network.eval()
+
+    def __exit__(self, *_: object) -> None:
+        for module, training in self._modes:
+            module.training = training
+
+
+def relabel(
+    network: nn.Module, cases: Sequence[str], *, store: Store, plan: Plan, device: torch.device, folder: Path
+) -> PseudoLabels:
+    """Predict the unlabeled pool, one case at a time, and write the label maps.
+
+    Args:
+        network: The method's predictor, on ``device``.
+        cases: Names of the pool.
+        store: Prepared images.
+        plan: How they were prepared.
+        device: Where the network is.
+        folder: Where the maps go, one file per case, each written atomically.
+    """
+    written = PseudoLabels(folder)
+    with evaluation_mode(network):
+        for case in cases:
+            image = store.read_image(case, _WHOLE)
+            probs = predict_array(
+                network, image, spatial_dims=plan.spatial_dims, patch_size=plan.patch_size, device=device
+            )
+            written.write(case, probs.argmax(0).astype("uint8"))
+    return written

@@ -1,0 +1,194 @@
+"""scantly init: bare folders become a dataset folder that check finds sound."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+from pathlib import Path
+
+import dataset_folders as folders
+import h5py
+import numpy as np
+import PIL.Image
+import pytest
+
+from scantly import imaging
+from scantly.data import create
+from scantly.data.checks import check
+from scantly.data.create import init
+from scantly.errors import DatasetError, ImageError
+
+
+@pytest.fixture
+def bare(tmp_path: Path) -> Path:
+    """Folders ``scans`` (three) and ``drawn`` (labels of two of them)."""
+    for number, name in enumerate(("Anna", "Bert", "Carl")):
+        folders.write_scan(tmp_path / "scans" / f"{name}.nii.gz", number)
+    for name in ("anna_seg", "Carl_seg"):
+        folders.write_label(tmp_path / "drawn" / f"{name}.nii.gz")
+    (tmp_path / "scans" / "._Anna.nii.gz").write_bytes(b"macOS")
+    return tmp_path
+
+
+@pytest.mark.parametrize("link", [True, False])
+def test_two_bare_folders_become_a_dataset(bare: Path, link: bool) -> None:
+    dataset = init(bare / "heart", bare / "scans", bare / "drawn", link=link)
+    assert dataset.name == "heart"
+    assert list(dataset.train) == ["Anna", "Bert", "Carl"]
+    assert [case.label is not None for case in dataset.train.values()] == [True, False, True]
+    assert dataset.channels == ("channel 0",)
+    assert dataset.classes == ("background", "class 1", "class 2")
+    image = dataset.case("Anna").images[0]
+    assert image.is_symlink() == link
+    assert image.read_bytes() == (bare / "scans" / "Anna.nii.gz").read_bytes()
+    assert check(bare / "heart") == []
+    assert sorted(path.name for path in bare.iterdir()) == ["drawn", "heart", "scans"]
+    assert "label_values" not in dataset.info
+
+
+def test_the_folder_can_be_moved_and_edited(bare: Path) -> None:
+    init(bare / "heart", bare / "scans", bare / "drawn")
+    description = bare / "heart" / "dataset.json"
+    info = json.loads(description.read_text())
+    info["labels"] = {"background": 0, "LV": 1, "RV": 2}
+    description.write_text(json.dumps(info))
+    shutil.move(bare / "heart", bare / "moved")
+    assert check(bare / "moved") == []
+
+
+def test_other_label_values_are_renumbered_in_copies_and_recorded(bare: Path, caplog: pytest.LogCaptureFixture) -> None:
+    original = bare / "drawn" / "anna_seg.nii.gz"
+    folders.write_label(original, (0, 255, 100))
+    before = original.read_bytes()
+    with caplog.at_level(logging.WARNING, logger="scantly"):
+        dataset = init(bare / "heart", bare / "scans", bare / "drawn")
+    assert "values changed from 100 to 3, 255 to 4" in caplog.text
+    assert dataset.info["label_values"] == {
+        "background": 0, "class 1": 1, "class 2": 2, "class 3": 100, "class 4": 255,
+    }  # fmt: skip
+    stored = imaging.read_label(original).array
+    renumbered = dataset.read_label("Anna").array
+    np.testing.assert_array_equal(renumbered, np.select([stored == 100, stored == 255], [3, 4], 0))
+    assert original.read_bytes() == before
+    assert check(bare / "heart") == []
+
+
+def test_an_unlabeled_collection(bare: Path) -> None:
+    dataset = init(bare / "heart", bare / "scans", None)
+    assert all(case.label is None for case in dataset.train.values())
+    assert [finding.code for finding in check(bare / "heart")] == ["no_labels"]
+
+
+def test_labels_among_the_scans(tmp_path: Path) -> None:
+    for number in (1, 2):
+        folder = tmp_path / "raw" / f"case_{number}"
+        folders.write_scan(folder / "imaging.nii.gz", number)
+        folders.write_label(folder / "segmentation.nii.gz")
+    dataset = init(tmp_path / "kits", tmp_path / "raw", tmp_path / "raw")
+    assert list(dataset.train) == ["case_1", "case_2"]
+    assert check(tmp_path / "kits") == []
+    with pytest.raises(DatasetError, match=r"called like labels \(segmentation\.nii\.gz\)"):
+        init(tmp_path / "again", tmp_path / "raw", None)
+
+
+def test_a_labels_folder_inside_the_images_folder(bare: Path) -> None:
+    (bare / "drawn").rename(bare / "scans" / "drawn")
+    dataset = init(bare / "heart", bare / "scans", bare / "scans" / "drawn")
+    assert list(dataset.train) == ["Anna", "Bert", "Carl"]
+
+
+def test_h5_folders_with_image_and_label_in_one_file(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for name in ("X1", "X2"):
+        path = tmp_path / "LA" / name / "mri_norm2.h5"
+        path.parent.mkdir(parents=True)
+        with h5py.File(path, "w") as file:
+            file["image"] = rng.normal(size=(4, 5, 6))
+            if name == "X1":
+                file["label"] = rng.integers(0, 2, (4, 5, 6))
+    dataset = init(tmp_path / "la", tmp_path / "LA", None)
+    assert list(dataset.train) == ["X1", "X2"]
+    assert [case.label is not None for case in dataset.train.values()] == [True, False]
+    assert dataset.classes == ("background", "class 1")
+    assert check(tmp_path / "la") == []
+
+
+def test_labels_of_another_type_are_converted(tmp_path: Path) -> None:
+    rng = np.random.default_rng(0)
+    for folder in ("images", "masks"):
+        (tmp_path / folder).mkdir()
+    for name in ("a", "b"):
+        PIL.Image.fromarray(rng.integers(0, 255, (5, 4, 3), np.uint8)).save(tmp_path / "images" / f"{name}.tif")
+        PIL.Image.fromarray((rng.random((5, 4)) > 0.5).astype(np.uint8) * 255).save(
+            tmp_path / "masks" / f"{name}_mask.png"
+        )
+    dataset = init(tmp_path / "glands", tmp_path / "images", tmp_path / "masks")
+    assert dataset.file_ending == ".tif"
+    assert len(dataset.channels) == 3
+    assert dataset.info["label_values"] == {"background": 0, "class 1": 255}
+    expected = np.array(PIL.Image.open(tmp_path / "masks" / "a_mask.png")) // 255
+    np.testing.assert_array_equal(dataset.read_label("a").array[0], expected)
+    assert check(tmp_path / "glands") == []
+
+
+def test_channel_files_are_grouped(tmp_path: Path) -> None:
+    for name in ("a_0000", "a_0001", "b_0000", "b_0001"):
+        folders.write_scan(tmp_path / "scans" / f"{name}.nii.gz", sum(name.encode()))
+    folders.write_label(tmp_path / "drawn" / "a.nii.gz")
+    dataset = init(tmp_path / "two", tmp_path / "scans", tmp_path / "drawn")
+    assert dataset.channels == ("channel 0", "channel 1")
+    assert dataset.read_image("b").array.shape == (2, *folders.SHAPE)
+
+
+def test_what_is_there_is_never_overwritten(bare: Path) -> None:
+    init(bare / "heart", bare / "scans", None)
+    before = sorted((bare / "heart").rglob("*"))
+    with pytest.raises(DatasetError, match="heart exists already and is not empty"):
+        init(bare / "heart", bare / "scans", bare / "drawn")
+    assert sorted((bare / "heart").rglob("*")) == before
+    (bare / "empty").mkdir()
+    assert init(bare / "empty", bare / "scans", None).train
+
+
+def test_a_failed_init_leaves_nothing(bare: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(create.shutil, "copyfile", full)
+    with pytest.raises(DatasetError, match="heart cannot be made"):
+        init(bare / "heart", bare / "scans", bare / "drawn", link=False)
+    assert sorted(path.name for path in bare.iterdir()) == ["drawn", "scans"]
+
+
+def test_faults_of_the_source_are_explained(bare: Path) -> None:
+    with pytest.raises(DatasetError, match="none is not a folder"):
+        init(bare / "heart", bare / "none", None)
+    (bare / "jpeg").mkdir()
+    (bare / "jpeg" / "a.jpg").write_bytes(b"x")
+    with pytest.raises(DatasetError, match=r"jpeg has no \.nii\.gz.*\(1 \.jpg instead\)"):
+        init(bare / "heart", bare / "jpeg", None)
+    folders.write_label(bare / "drawn" / "Dora_seg.nii.gz")
+    with pytest.raises(DatasetError, match=r"Dora_seg\.nii\.gz fits no scan by name"):
+        init(bare / "heart", bare / "scans", bare / "drawn")
+    (bare / "drawn" / "Dora_seg.nii.gz").unlink()
+    damaged = bare / "drawn" / "Carl_seg.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    with pytest.raises(ImageError, match="Carl_seg"):
+        init(bare / "heart", bare / "scans", bare / "drawn")
+    folders.write_label(damaged, (0,))
+    folders.write_label(bare / "drawn" / "anna_seg.nii.gz", (0,))
+    with pytest.raises(DatasetError, match="the 2 labels hold nothing but 0"):
+        init(bare / "heart", bare / "scans", bare / "drawn")
+    folders.write_scan(bare / "scans" / "Dora.nii", 9)
+    with pytest.raises(DatasetError, match=r"several file types: Dora\.nii \(\.nii\), Anna\.nii\.gz"):
+        init(bare / "heart", bare / "scans", None)
+    assert not (bare / "heart").exists()
+
+
+def test_a_scan_given_as_label_is_recognized(tmp_path: Path) -> None:
+    geometry = imaging.Geometry((1, 20, 20), imaging.grid())
+    folders.write_scan(tmp_path / "scans" / "a.nii", 1, geometry)
+    imaging.write_label(tmp_path / "drawn" / "a.nii", np.arange(400).reshape(1, 20, 20), geometry)
+    with pytest.raises(DatasetError, match="label values to 400: it seems to be a scan"):
+        init(tmp_path / "d", tmp_path / "scans", tmp_path / "drawn")
