@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import shutil
 from pathlib import Path
 
 from scantly.data.phantom import write_phantom
@@ -40,12 +41,23 @@ def demo(out: str | Path, *, seed: int = 0) -> Path:
     """
     folder = Path(out)
     dataset = folder / "dataset"
-    if folder.exists() and any(folder.iterdir()) and not (dataset / "dataset.json").is_file():
-        raise RunError(f"{folder} is not empty and holds no demo; choose another --out.")
     if not (dataset / "dataset.json").is_file():
-        _LOGGER.info("generating %d subjects in %s", SUBJECTS, dataset)
-        write_phantom(dataset, subjects=SUBJECTS, val=0, test=TEST, seed=seed)
+        _generate(dataset, seed)
     return compare(train_pair(dataset, folder / "runs", seed=seed), folder / "report.html")
+
+
+def _generate(dataset: Path, seed: int) -> None:
+    """Write the cohort under another name and rename it, so that a half-written one is never taken for whole."""
+    unfinished = dataset.with_name(".dataset")
+    others = [item for item in dataset.parent.glob("*") if item != unfinished]
+    if others:
+        raise RunError(
+            f"{dataset.parent} is not empty (it holds '{others[0].name}') and no demo; choose another --out."
+        )
+    _LOGGER.info("generating %d subjects in %s", SUBJECTS, dataset)
+    shutil.rmtree(unfinished, ignore_errors=True)
+    write_phantom(unfinished, subjects=SUBJECTS, val=0, test=TEST, seed=seed)
+    unfinished.rename(dataset)
 
 
 def train_pair(dataset: Path, runs: Path, *, seed: int) -> list[Run]:
@@ -61,8 +73,8 @@ def train_pair(dataset: Path, runs: Path, *, seed: int) -> list[Run]:
     """
     trained = []
     for method in METHODS:
-        flags = {"method": method, "labeled": LABELED, "seed": seed}
-        config = resolve(dataset, recipe="demo", flags=flags, sets=[f"data.store={runs.parent / 'store'}"])
+        flags = {"method": method, "labeled": LABELED, "seed": seed, "store": str(runs.parent / "store")}
+        config = resolve(dataset, recipe="demo", flags=flags)
         _LOGGER.info("training %s on %d labeled subjects", method, LABELED)
         run = train_config(config, runs / method, resume=True)
         trained.append(run.evaluate("test"))

@@ -2,6 +2,7 @@
 
 import io
 import os
+import re
 
 import pytest
 
@@ -22,9 +23,8 @@ def terminal(monkeypatch):
         stream = Terminal() if is_terminal else io.StringIO()
         monkeypatch.setattr("sys.stdout", stream)
         monkeypatch.setattr("shutil.get_terminal_size", lambda: os.terminal_size((width, 24)))
-        monkeypatch.setenv("TERM", "dumb")
         say_table(COLUMNS, ROWS, title="title", text_columns=text_columns)
-        return [line.strip() for line in stream.getvalue().splitlines()]
+        return [re.sub(r"\x1b\[\d*m", "", line).strip() for line in stream.getvalue().splitlines()]
 
     return show
 

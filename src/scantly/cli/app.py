@@ -68,7 +68,7 @@ def _scantly(
 
 
 for _command, _epilog in (
-    (demonstration.demo, examples("scantly demo", "scantly demo --out /tmp/scantly-demo")),
+    (demonstration.demo, examples("scantly demo", "scantly demo --out my-demo")),
     (info.methods, examples("scantly methods", "scantly methods mean_teacher", "scantly methods --json")),
     (
         dataset.init,

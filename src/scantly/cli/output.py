@@ -76,7 +76,7 @@ def say_table(columns: Sequence[str], rows: Sequence[Sequence[str]], *, title: s
         console.print(table)
     if title:
         say(title)
-    say("\n".join(line.rstrip() for line in captured.get().strip("\n").splitlines()))
+    say("\n".join(line.rstrip() for line in captured.get().splitlines() if line.strip()))
 
 
 def _table(columns: Sequence[str], rows: Sequence[Sequence[str]], text_columns: int) -> Table:

@@ -19,7 +19,7 @@ from torch import Tensor
 from scantly.data.batches import BatchSource, PseudoLabels, RawBatch, make_loader
 from scantly.data.dataset import Dataset
 from scantly.data.store import Store
-from scantly.errors import RunError
+from scantly.errors import DeviceError, RunError
 from scantly.inference.model import save_model
 from scantly.methods.base import Batch, Method, Progress
 from scantly.training.checkpoint import capture_rng, load_checkpoint, restore_rng, save_checkpoint
@@ -164,8 +164,16 @@ class Engine:
             run_total=self.config.training.steps,
         )
         batch = self._batch(raw)
-        with self._autocast():
-            terms = self.method.step(batch, progress, handles)
+        try:
+            with self._autocast():
+                terms = self.method.step(batch, progress, handles)
+        except torch.OutOfMemoryError as error:
+            plan = self.config.plan
+            raise DeviceError(
+                f"{self.fabric.device} has too little memory for {len(batch.labeled)} + {len(batch.unlabeled)} rows of "
+                f"{plan.patch_size}; lower plan.labeled_batch_size and plan.unlabeled_batch_size, choose a smaller "
+                "--size, or use --precision bf16."
+            ) from error
         self.method.after_step(progress)
         return terms
 

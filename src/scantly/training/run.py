@@ -158,7 +158,8 @@ class Run:
         """
         path = self.folder / "config.yaml"
         values = config.model_dump(mode="json")
-        if path.is_file():
+        started = (self.folder / "log").exists() or self.finished
+        if path.is_file() and started:
             differences = _differences(read_yaml(path), values)
             if differences:
                 listed = "\n".join(f"  {line}" for line in differences)
@@ -170,17 +171,15 @@ class Run:
                 raise RunError(
                     f"{self.folder} holds an unfinished run; continue it with --resume, or choose another --out."
                 )
-            if not (self.folder / "environment.json").is_file():  # killed between the two files
-                write_json(self.folder / "environment.json", dict(environment))
             return
-        ours = (".lock", ".tmp-")
+        ours = (".lock", ".tmp-", "config.yaml", "environment.json")  # claimed, but nothing was trained
         strangers = [item.name for item in self.folder.iterdir() if not item.name.startswith(ours)]
         if strangers:
             raise RunError(
                 f"{self.folder} is not empty (it holds {strangers[0]!r}) and is no run folder; choose another --out."
             )
-        write_yaml(path, values)
         write_json(self.folder / "environment.json", dict(environment))
+        write_yaml(path, values)
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:
