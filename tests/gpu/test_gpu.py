@@ -1,0 +1,53 @@
+"""On a CUDA device: the methods run there without synchronizing, and a run resumes."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from scantly.methods import catalogue
+from scantly.methods.base import Batch, Progress, Task
+from scantly.settings import merge
+from scantly.training.config import TrainingSection
+from scantly.training.optimizers import TrainingHandles
+from scantly.training.resolve import resolve
+from scantly.training.train import train_config
+from scantly.views import StrongConfig, WeakConfig, strong, weak
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("name", [entry.name for entry in catalogue.CATALOGUE])
+def test_a_step_never_waits_for_the_device(name, dims, bf16):
+    task = Task(1, ("background", "a", "b"), dims, (32,) * dims, "unet", {"widths": [8, 16], "dropout": [0.1, 0.1]})
+    method_class = catalogue.load(name)
+    method = method_class(task, method_class.Config()).cuda().train()
+    method.generator = torch.Generator("cuda").manual_seed(0)
+    handles = TrainingHandles(method, TrainingSection(), 10)
+    x = torch.rand(2, 1, *(32,) * dims, device="cuda")
+    y = torch.randint(3, (2, *(32,) * dims), device="cuda")
+    for iteration in range(3):
+        torch.cuda.synchronize()
+        torch.cuda.set_sync_debug_mode("error" if iteration else "default")
+        try:
+            seen = weak(WeakConfig(), x, [y], generator=method.generator)
+            unseen = strong(StrongConfig(), x, generator=method.generator)
+            batch = Batch(seen.images, seen.maps[0], unseen, x, y, x)
+            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=bf16, cache_enabled=False):
+                terms = method.step(batch, Progress(iteration, 10), handles)
+            method.after_step(Progress(iteration, 10))
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        assert all(torch.isfinite(value) for value in terms.values())
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_a_run_on_the_gpu_learns_and_is_not_trained_twice(cohort, tiny, tmp_path, precision):
+    sets = merge(tiny, {"training": {"device": "cuda", "steps": 30, "precision": precision}})
+    sets = merge(sets, {"data": {"store": str(tmp_path / "s"), "workers": 2}})
+    run = train_config(resolve(cohort, flags={"method": "mean_teacher"}, sets=sets), tmp_path / "run", quiet=True)
+    losses = run.log().query("name == 'loss/supervised'")["value"]
+    assert losses.iloc[-1] < losses.iloc[0]
+    assert run.environment["device"] == "cuda"
