@@ -43,6 +43,12 @@ def test_a_full_disk_is_told_and_leaves_the_earlier_file(tmp_path):
     assert path.read_text() == "earlier"
 
 
+def test_a_folder_that_cannot_be_made_is_told(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(RunError, match=r"cannot write .*file/a\.txt"):
+        write_text(tmp_path / "file" / "a.txt", "1")
+
+
 def test_permissions_of_the_earlier_file_are_kept(tmp_path):
     path = tmp_path / "a.txt"
     write_text(path, "1")

@@ -13,7 +13,7 @@ from scantly.training.resolve import resolve
 from scantly.training.run import Run
 from scantly.training.train import train_config
 
-__all__ = ["LABELED", "METHODS", "demo", "train_pair"]
+__all__ = ["LABELED", "METHODS", "SUBJECTS", "TEST", "demo", "generate", "train_pair"]
 
 _LOGGER = logging.getLogger("scantly")
 
@@ -40,24 +40,36 @@ def demo(out: str | Path, *, seed: int = 0) -> Path:
         RunError: if the folder holds something else.
     """
     folder = Path(out)
-    dataset = folder / "dataset"
-    if not (dataset / "dataset.json").is_file():
-        _generate(dataset, seed)
+    dataset = generate(folder, seed=seed)
     return compare(train_pair(dataset, folder / "runs", seed=seed), folder / "report.html")
 
 
-def _generate(dataset: Path, seed: int) -> None:
-    """Write the cohort under another name and rename it, so that a half-written one is never taken for whole."""
-    unfinished = dataset.with_name(".dataset")
-    others = [item for item in dataset.parent.glob("*") if item != unfinished]
+def generate(folder: Path, *, seed: int) -> Path:
+    """Write the cohort to ``folder/dataset``, or find it there.
+
+    It is written under another name and renamed, so that a half-written one is never taken for whole.
+
+    Args:
+        folder: New or empty, or a demo's.
+        seed: Seed of the cohort.
+
+    Returns:
+        The dataset folder.
+
+    Raises:
+        RunError: if the folder holds something else.
+    """
+    dataset, unfinished = folder / "dataset", folder / ".dataset"
+    if (dataset / "dataset.json").is_file():
+        return dataset
+    others = [item for item in folder.glob("*") if item != unfinished]
     if others:
-        raise RunError(
-            f"{dataset.parent} is not empty (it holds '{others[0].name}') and no demo; choose another --out."
-        )
+        raise RunError(f"{folder} is not empty (it holds '{others[0].name}') and no demo; choose another --out.")
     _LOGGER.info("generating %d subjects in %s", SUBJECTS, dataset)
     shutil.rmtree(unfinished, ignore_errors=True)
     write_phantom(unfinished, subjects=SUBJECTS, val=0, test=TEST, seed=seed)
     unfinished.rename(dataset)
+    return dataset
 
 
 def train_pair(dataset: Path, runs: Path, *, seed: int) -> list[Run]:

@@ -47,7 +47,9 @@ def test_a_step_never_waits_for_the_device(name, dims, bf16):
 def test_a_run_on_the_gpu_learns_and_is_not_trained_twice(cohort, tiny, tmp_path, precision):
     sets = merge(tiny, {"training": {"device": "cuda", "steps": 30, "precision": precision}})
     sets = merge(sets, {"data": {"store": str(tmp_path / "s"), "workers": 2}})
-    run = train_config(resolve(cohort, flags={"method": "mean_teacher"}, sets=sets), tmp_path / "run", quiet=True)
+    run = train_config(
+        resolve(cohort, flags={"method": "mean_teacher", "labeled": 2}, sets=sets), tmp_path / "run", quiet=True
+    )
     losses = run.log().query("name == 'loss/supervised'")["value"]
     assert losses.iloc[-1] < losses.iloc[0]
     assert run.environment["device"] == "cuda"

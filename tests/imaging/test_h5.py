@@ -43,7 +43,7 @@ def test_missing_spacing_is_said_once(tmp_path: Path, caplog: pytest.LogCaptureF
         for _ in range(3):
             imaging.read_image([path])
     assert [record.getMessage() for record in caplog.records] == [
-        ".h5 files hold no voxel size: the spacing is taken as 1, so mm mean voxels."
+        ".h5 files hold no voxel size: the spacing is taken as 1, and there will be no distances in mm."
     ]
 
 

@@ -97,3 +97,15 @@ def test_inputs_are_found_and_faults_named(tmp_path):
     (tmp_path / "other" / "a_0000.nii.gz").touch()
     with pytest.raises(ImageError, match="both channel 0 of 'a'"):
         find_inputs([tmp_path / "a_0000.nii.gz", tmp_path / "other"], channels=1)
+
+
+def test_a_scan_is_never_overwritten_by_its_prediction(trained, cohort, tmp_path):
+    """Without a channel suffix, scan and label map would have one name."""
+    scan = tmp_path / "patient.nii.gz"
+    scan.write_bytes(next((cohort / "imagesTs").glob("*.nii.gz")).read_bytes())
+    before = scan.read_bytes()
+    with pytest.raises(ImageError, match=r"patient\.nii\.gz is a scan .* choose another --out"):
+        predict(trained.folder, [tmp_path], tmp_path)
+    assert scan.read_bytes() == before
+    assert [item.name for item in tmp_path.iterdir()] == ["patient.nii.gz"]
+    assert predict(trained.folder, [scan], tmp_path / "out")

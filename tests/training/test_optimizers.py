@@ -80,3 +80,26 @@ def test_clipping_bounds_the_norm_per_optimizer():
     handles.backward(1000 * method.g(torch.ones(1, 2)).sum(), "g")
     handles.update("g")
     assert (method.g.weight - before).norm().item() == pytest.approx(0.01 * 0.5, rel=1e-4)
+
+
+def test_gradients_added_after_an_average_are_averaged_too(monkeypatch):
+    """Two ranks; the other one always has gradient 0, so an average halves what is there."""
+    method = Adversaries()
+    handles = TrainingHandles(method, TrainingSection(momentum=0, weight_decay=0), 10)
+    other = torch.zeros(2, 2)
+
+    def all_reduce(gradient):
+        gradient += other
+
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
+    before = method.g.weight.detach().clone()
+    handles.backward(method.g.weight.sum(), "g")
+    handles.average_gradients("g")
+    first = method.g.weight.grad.clone()
+    assert torch.equal(first, torch.full((2, 2), 0.5))
+    handles.backward(method.g.weight.sum(), "g")  # 0.5 of both ranks, and 1 of this one alone
+    other = first.clone()
+    handles.update("g")
+    assert torch.allclose(before - method.g.weight, torch.full((2, 2), 0.01))

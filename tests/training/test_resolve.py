@@ -34,6 +34,7 @@ def test_protocol_variants_of_a_recipe(cohort):
     assert published.evaluation.flaws
     assert not clean.evaluation.flaws
     assert published.data.augmentation.rotflip == "official"
+    assert published.training.validation_interval == 200
     assert clean.training.steps == 30_000
 
 
@@ -41,6 +42,15 @@ def test_selection_is_the_last_iteration_without_test_cases(cohort, tiny, tmp_pa
     config = resolve(cohort, flags={"method": "supervised"}, sets=tiny)
     assert config.evaluation.selection == "best"
     assert config.split["test"]
+
+
+def test_a_method_that_needs_unlabeled_rows_is_refused_without_them(cohort, tiny):
+    with pytest.raises(ConfigError, match="all 5 training cases are labeled; give --labeled N"):
+        resolve(cohort, flags={"method": "mean_teacher"}, sets=tiny)
+    none = merge(tiny, {"plan": {"unlabeled_batch_size": 0}})
+    with pytest.raises(ConfigError, match=r"set plan\.unlabeled_batch_size"):
+        resolve(cohort, flags={"method": "mean_teacher", "labeled": 2}, sets=none)
+    assert resolve(cohort, flags={"method": "supervised"}, sets=none).split["unlabeled"] == []
 
 
 def test_size_takes_the_order_of_the_literature():
@@ -96,7 +106,7 @@ def test_every_recipe_resolves_for_every_method_it_names(name, cohort):
     assert recipe["title"]
     for method in ["supervised", *recipe.get("methods", {})]:
         for kind in recipe.get("protocols", {"clean": {}}):
-            resolve(cohort, recipe=name, flags={"method": method, "protocol": kind})
+            resolve(cohort, recipe=name, flags={"method": method, "protocol": kind, "labeled": 2})
 
 
 def test_unknown_recipe():

@@ -12,15 +12,18 @@ from typing import Any
 import pandas as pd
 import pytest
 import torch
+from lightning.fabric import Fabric
 
+from scantly.data.dataset import Dataset
 from scantly.errors import RunError
 from scantly.methods.base import Method, MethodConfig, Stage
 from scantly.settings import merge
 from scantly.training import checkpoint, engine
+from scantly.training import train as train_module
 from scantly.training.checkpoint import load_checkpoint
 from scantly.training.resolve import resolve
 from scantly.training.run import Run
-from scantly.training.train import train_config
+from scantly.training.train import build_method, train_config
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload(["scantly.training.train"])
@@ -170,7 +173,32 @@ def test_learning_rate_schedule_runs_anew_only_where_the_stage_says_so(cohort, t
     config = configuration(cohort, tiny, "supervised", 0, tmp_path / "s")
     log = train_config(config, tmp_path / "run", quiet=True).log()
     rates = log[log["name"] == "lr/main"].set_index("iteration")["value"]
-    assert rates[1] == rates[5] == rates[7] == pytest.approx(0.01)
+    # the stage "more" (iterations 4 and 5) keeps the optimizers of "labels" (0 to 3): one schedule over six
+    assert rates[1] == rates[7] == pytest.approx(0.01)
+    assert rates[5] == pytest.approx(0.01 * (1 - 3 / 6) ** 0.9)
+    assert rates[6] == pytest.approx(0.01 * (1 - 4 / 6) ** 0.9)
+
+
+def test_the_best_weights_keep_the_score_that_is_theirs(cohort, tiny, tmp_path):
+    """A run killed between a better validation and the next checkpoint must not pair its weights with an old score."""
+    config = configuration(cohort, tiny, "supervised", 0, tmp_path / "s")
+    run = train_config(config, tmp_path / "run", quiet=True)
+    run.model_path.unlink()
+    later = {**load_checkpoint(run.best_checkpoint), "iteration": 100, "dice": 0.99}
+    checkpoint.save_checkpoint(run.best_checkpoint, later)
+    method = build_method(config)
+    fabric = Fabric(accelerator="cpu", devices=1)
+    store = train_module.prepare_store(config, quiet=True)
+    resumed = engine.Engine(run, config, method, dataset=Dataset.open(cohort), store=store, fabric=fabric, quiet=True)
+    resumed.fit()
+    assert (resumed.best.value, resumed.best.iteration) == (0.99, 100)
+
+
+def test_a_checkpoint_of_another_kind_of_device_is_refused():
+    state = checkpoint.capture_rng(torch.Generator())
+    state["method"] = state["method"][:16]  # the size of a GPU generator's state
+    with pytest.raises(RunError, match="another kind of device"):
+        checkpoint.restore_rng(torch.Generator(), state)
 
 
 def test_a_finished_run_is_not_trained_again(cohort, tiny, tmp_path, monkeypatch):

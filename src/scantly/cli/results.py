@@ -35,7 +35,7 @@ def predict(
 ) -> None:
     """Segment scans.
 
-    The label maps have exactly the geometry and the file type of their inputs.
+    The label maps have exactly the geometry and the file type of their inputs (.h5 has neither: .nii.gz).
     """
     from scantly.inference.predict import predict as predict_files
 

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import multiprocessing
 import signal
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset
 from scantly.data.arrays import ArrayFolder, Recent, write_array
 from scantly.data.plan import Plan
 from scantly.data.store import Store
-from scantly.errors import ConfigError, DatasetError
+from scantly.errors import ConfigError, DatasetError, ScantlyError
 
 __all__ = ["BatchSource", "PseudoLabels", "RawBatch", "make_loader"]
 
@@ -345,10 +345,10 @@ def _any_voxel(voxels: Mapping[int, NDArray[np.int64]], generator: np.random.Gen
     return voxel
 
 
-def make_loader(source: BatchSource, start: int, stop: int, workers: int, pin_memory: bool) -> Iterable[RawBatch]:
+def make_loader(source: BatchSource, start: int, stop: int, workers: int, pin_memory: bool) -> Iterator[RawBatch]:
     """The batches of iterations ``start`` to ``stop - 1`` in order, made by worker processes ahead of time.
 
-    The sequence does not depend on the number of workers, and torch's global generator is left alone.
+    They do not depend on the number of workers, and torch's global generator is left alone.
 
     Args:
         source: What to draw.
@@ -356,12 +356,15 @@ def make_loader(source: BatchSource, start: int, stop: int, workers: int, pin_me
         stop: Iteration after the last one.
         workers: Processes; 0 makes each batch in this process when it is asked for.
         pin_memory: Whether batches lie in page-locked memory, from which they reach a GPU faster.
+
+    Raises:
+        ScantlyError: what a worker met, as one sentence.
     """
     # forked workers start in milliseconds, others import torch first (seconds); they touch numpy only, so
     # threads and CUDA contexts of this process, which do not survive a fork, are not missed
     forks = "fork" in multiprocessing.get_all_start_methods()
-    loader: DataLoader[RawBatch] = DataLoader(
-        source,
+    loader: DataLoader[RawBatch | ScantlyError] = DataLoader(
+        _Answers(source),
         batch_size=None,
         sampler=range(start, stop),
         num_workers=workers,
@@ -372,7 +375,23 @@ def make_loader(source: BatchSource, start: int, stop: int, workers: int, pin_me
         prefetch_factor=4 if workers else None,
         generator=torch.Generator(),
     )
-    return loader
+    for answer in loader:
+        if isinstance(answer, ScantlyError):
+            raise answer
+        yield answer
+
+
+@dataclass
+class _Answers(Dataset[RawBatch | ScantlyError]):
+    """Batches, or the error: torch would hand an error from a worker on with the worker's traceback as text."""
+
+    source: BatchSource
+
+    def __getitem__(self, iteration: int) -> RawBatch | ScantlyError:
+        try:
+            return self.source[iteration]
+        except ScantlyError as error:
+            return error.with_traceback(None)
 
 
 def _unchanged(batch: Any) -> Any:

@@ -40,7 +40,7 @@ class Finding:
     message: str
 
 
-def check(dataset_root: Path, *, progress: Callable[[int, int, str], None] | None = None) -> list[Finding]:
+def check(dataset_root: str | Path, *, progress: Callable[[int, int, str], None] | None = None) -> list[Finding]:
     """Read a whole dataset folder and list every fault.
 
     Args:

@@ -26,9 +26,9 @@ _MOST_VALUES = 256
 
 
 def init(
-    dataset_root: Path,
-    images: Path,
-    labels: Path | None,
+    dataset_root: str | Path,
+    images: str | Path,
+    labels: str | Path | None = None,
     *,
     link: bool = True,
     progress: Callable[[int, int, str], None] | None = None,

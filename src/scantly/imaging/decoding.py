@@ -131,4 +131,4 @@ def to_labels(array: NDArray[Any], path: Path) -> NDArray[np.integer[Any]]:
 @functools.cache
 def say_no_spacing(kind: str) -> None:
     """Warn, once per process and kind of file, that distances will be in voxels."""
-    log.warning("%s hold no voxel size: the spacing is taken as 1, so mm mean voxels.", kind)
+    log.warning("%s hold no voxel size: the spacing is taken as 1, and there will be no distances in mm.", kind)

@@ -34,7 +34,7 @@ class Geometry:
         shape: (D, H, W) = (z, y, x), the reverse of the file's own index order.
         affine: (4, 4) float64; takes the file's own (x, y, z) index to RAS+ millimetres.
         spatial_dims: 2 for PNG, TIFF and two-dimensional arrays in ``.h5`` (then D is 1), else 3.
-        has_spacing: False where the file says nothing about size; the spacing is 1 then, and mm mean voxels.
+        has_spacing: False where the file says nothing about size; the spacing is 1 then.
         header: The NIfTI header as stored, so that what is written for this image carries the same
             transforms, codes and units; None if there is none or the grid has been changed since.
         resolution: The resolution tags of a PNG or TIFF as stored, for the same purpose.

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -181,14 +181,28 @@ def write_prediction(prediction: Prediction, folder: Path, case: str, source: Pa
     Returns:
         The label file.
     """
-    ending = file_ending(source) or ".nii.gz"
-    ending = ".nii.gz" if ending == ".h5" else ending
-    path = folder / f"{case}{ending}"
+    path, uncertainty_path = _written(folder, case, source)
     write_label(path, prediction.labels, prediction.geometry)
     if prediction.uncertainty is not None:
-        scalar_ending = ".tiff" if ending == ".png" else ending
-        write_scalar(folder / f"{case}_uncertainty{scalar_ending}", prediction.uncertainty, prediction.geometry)
+        write_scalar(uncertainty_path, prediction.uncertainty, prediction.geometry)
     return path
+
+
+def _written(folder: Path, case: str, source: Path) -> tuple[Path, Path]:
+    """The label file and the uncertainty file of a scan."""
+    ending = file_ending(source) or ".nii.gz"
+    ending = ".nii.gz" if ending == ".h5" else ending
+    scalar_ending = ".tiff" if ending == ".png" else ending
+    return folder / f"{case}{ending}", folder / f"{case}_uncertainty{scalar_ending}"
+
+
+def _refuse_overwriting(cases: Mapping[str, Sequence[Path]], folder: Path) -> None:
+    """A scan without a channel suffix has the name of its own label map."""
+    inputs = {file.resolve() for files in cases.values() for file in files}
+    for case, files in cases.items():
+        for path in _written(folder, case, files[0]):
+            if path.resolve() in inputs:
+                raise ImageError(f"{path} is a scan and would be overwritten by a prediction; choose another --out.")
 
 
 def predict(
@@ -215,10 +229,11 @@ def predict(
 
     Raises:
         RunError: if the model cannot be read.
-        ImageError: if an input cannot.
+        ImageError: if an input cannot, or would be overwritten; nothing is written then.
     """
     predictor = Predictor.load(model, device=device)
     cases = find_inputs(inputs, channels=predictor.model.task.channels)
+    _refuse_overwriting(cases, Path(out))
     written = []
     for done, (case, files) in enumerate(cases.items()):
         if progress:

@@ -144,7 +144,8 @@ class Stage:
         labeled_only: No unlabeled rows are loaded (``Bu`` is 0).
         labeled_batch_size: Rows per step; ``None``: as the plan says.
         unlabeled_batch_size: Rows per step; ``None``: as the plan says.
-        restart_optimizers: Optimizers and learning-rate schedules start anew at the stage's first iteration.
+        restart_optimizers: Optimizers and learning-rate schedules start anew at the stage's first iteration;
+            else both go on, the schedule over this stage and those before it that share the optimizers.
         relabel: Before the stage begins, the engine predicts the unlabeled pool with ``method.predictor``
             and gives the result as ``batch.pseudo_labels`` from then on.
         all_classes: Only labeled slices or patches that hold every class are drawn, where there are any.

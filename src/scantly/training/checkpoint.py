@@ -51,7 +51,16 @@ def capture_rng(generator: torch.Generator) -> dict[str, Tensor]:
 
 
 def restore_rng(generator: torch.Generator, state: dict[str, Tensor]) -> None:
-    """Inverse of :func:`capture_rng`."""
+    """Inverse of :func:`capture_rng`.
+
+    Raises:
+        RunError: if the state is that of another kind of device, which cannot continue exactly.
+    """
+    if state["method"].numel() != generator.get_state().numel():
+        raise RunError(
+            f"the checkpoint was written on another kind of device than '{generator.device.type}'; resume with the "
+            "--device it was trained on."
+        )
     generator.set_state(state["method"].cpu())
     torch.set_rng_state(state["cpu"].cpu())
     if "cuda" in state and torch.cuda.is_available():

@@ -21,6 +21,9 @@ class DataSection(Settings):
         None, description="Labeled units: a number of subjects, a share such as '10%', or null for all."
     )
     seed_labeled: int | None = Field(None, description="Draw the labeled units at random with this seed.")
+    seed_split: int = Field(
+        0, ge=0, description="Draws the validation cases where no splits.json names them; not the training's seed."
+    )
     store: str | None = Field(None, description="Folder for prepared cases; null: the user's cache folder.")
     workers: int = Field(0, ge=0, description="Loader processes; the result does not depend on it.")
     augmentation: WeakConfig = Field(default_factory=WeakConfig, description="The shared weak augmentation.")
@@ -72,6 +75,11 @@ class TrainingSection(Settings):
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train.")
     devices: int = Field(1, ge=1, description="Devices per node.")
     nodes: int = Field(1, ge=1, description="Nodes.")
+
+    @field_validator("precision", mode="before")
+    @classmethod
+    def _text(cls, value: object) -> object:
+        return str(value) if isinstance(value, int) else value  # YAML reads 32 as a number
 
     @property
     def validation_interval(self) -> int:

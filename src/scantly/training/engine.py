@@ -135,18 +135,19 @@ class Engine:
         pseudo_labels = self._pseudo_labels(span, begins=begins)
         if begins:
             self.method.start_stage(span.stage)
-        handles = TrainingHandles(self.method, self.config.training, span.length)
+        first, after = span.schedule
+        handles = TrainingHandles(self.method, self.config.training, after - first)
         if not begins and state is not None:
             handles.load_state_dict(state["optimizers"])
         elif begins and not span.stage.restart_optimizers and self._previous_optimizers is not None:
             handles.load_state_dict(self._previous_optimizers)
-        batches = iter(self._loader(span, pseudo_labels))
+        batches = self._loader(span, pseudo_labels)
         loop = _Loop(span, handles, log, line)
         while self.iteration < span.stop:
             asked = time.monotonic()
             raw = next(batches)
             loop.waited += time.monotonic() - asked
-            handles.set_iteration(self.iteration - span.start)
+            handles.set_iteration(self.iteration - first)
             terms = self._step(raw, span, handles)
             self.iteration += 1
             loop.steps += 1
@@ -230,7 +231,7 @@ class Engine:
             pseudo_labels=pseudo_labels,
         )
         workers = self.config.data.workers
-        return iter(make_loader(source, self.iteration, span.stop, workers, self.fabric.device.type == "cuda"))
+        return make_loader(source, self.iteration, span.stop, workers, self.fabric.device.type == "cuda")
 
     def _pseudo_labels(self, span: StageSpan, *, begins: bool) -> PseudoLabels | None:
         """The pool's labels that hold in this stage: written now, or by the latest stage that relabeled."""
@@ -310,12 +311,11 @@ class Engine:
             loop.log.write(self.iteration, loop.span.stage.name, values)
         score = values["val/dice"]
         loop.line.update(self.iteration, note=f"validation Dice {score:.4f}", force=True)
-        if score > self.best.value:
-            self.best = _Best(score, self.iteration)
+        if score > self.best.value or self.best.iteration == 0:
+            self.best = _Best(-1.0 if math.isnan(score) else score, self.iteration)
             weights = self.method.predictor.state_dict()
-            save_checkpoint(
-                self.run.best_checkpoint, {"iteration": self.iteration, "dice": score, "predictor": weights}
-            )
+            state = {"iteration": self.iteration, "dice": self.best.value, "predictor": weights}
+            save_checkpoint(self.run.best_checkpoint, state)
 
     def _save(self, loop: _Loop) -> None:
         if loop.log is None:
@@ -326,7 +326,6 @@ class Engine:
             "method": self.method.state_dict(),
             "optimizers": loop.handles.state_dict(),
             "generators": capture_rng(self.method.generator),
-            "best": {"value": self.best.value, "iteration": self.best.iteration},
         }
         save_checkpoint(self.run.last_checkpoint, state)
 
@@ -338,7 +337,9 @@ class Engine:
             return None
         state = load_checkpoint(path, self.fabric.device)
         self.iteration = int(state["iteration"])
-        self.best = _Best(**state["best"])
+        if self.run.best_checkpoint.is_file():  # the score that belongs to the weights there, also if it is a later one
+            best = load_checkpoint(self.run.best_checkpoint)
+            self.best = _Best(best["dice"], best["iteration"])
         self.method.load_state_dict(state["method"], strict=True)
         if self.iteration in {span.start for span in self.spans}:
             self._previous_optimizers = state["optimizers"]

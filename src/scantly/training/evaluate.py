@@ -86,8 +86,8 @@ def evaluate_run(run: Run, split: str | None = None, *, device: str = "auto") ->
 
 
 def evaluate_folders(
-    predictions: Path,
-    labels: Path,
+    predictions: str | Path,
+    labels: str | Path,
     *,
     classes: Sequence[str] | None = None,
     convention: Convention = "clean",
@@ -106,7 +106,7 @@ def evaluate_folders(
     Raises:
         ImageError: if a folder holds no label maps, a reference is missing, or a pair has different geometry.
     """
-    pairs = _pairs(predictions, labels)
+    pairs = _pairs(Path(predictions), Path(labels))
     if classes is None:
         largest = max(int(read_label(path).array.max()) for pair in pairs.values() for path in pair)
         classes = ("background", *(f"class {value}" for value in range(1, largest + 1)))

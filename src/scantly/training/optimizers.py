@@ -46,7 +46,7 @@ class TrainingHandles:
     Args:
         method: Its ``optimizers()`` are built.
         settings: Section ``training``.
-        total: Iterations of the stage.
+        total: Iterations of the learning-rate schedule: of the stage, and those that keep its optimizers.
     """
 
     def __init__(self, method: Method, settings: TrainingSection, total: int) -> None:
@@ -55,7 +55,6 @@ class TrainingHandles:
         self._specs = method.optimizers()
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._initial: dict[str, float] = {}
-        self._averaged: set[str] = set()
         for name, spec in self._specs.items():
             parameters = [p for p in spec.parameters or method.parameters() if p.requires_grad]
             if not parameters:
@@ -65,7 +64,7 @@ class TrainingHandles:
         self.set_iteration(0)
 
     def set_iteration(self, iteration: int) -> None:
-        """Set every learning rate for this step of the stage."""
+        """Set every learning rate for this step of the schedule, from 0."""
         for name, optimizer in self._optimizers.items():
             schedule = self._specs[name].schedule or self._settings.schedule
             factor = learning_rate(schedule, iteration, self._total, self._settings)
@@ -82,10 +81,10 @@ class TrainingHandles:
             torch.autograd.backward(loss, inputs=None if name is None else self._parameters(name))
 
     def average_gradients(self, name: str = "main") -> None:
-        """Average the gradients of one optimizer over the ranks, once per update."""
-        if name in self._averaged:
-            return
-        self._averaged.add(name)
+        """Average the gradients of one optimizer over the ranks.
+
+        What was averaged before stays as it is, so gradients may be added after it and averaged again.
+        """
         if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
             return
         world = torch.distributed.get_world_size()
@@ -100,7 +99,6 @@ class TrainingHandles:
     def update(self, name: str = "main") -> None:
         """Average, clip, step, clear."""
         self.average_gradients(name)
-        self._averaged.discard(name)
         if self._settings.gradient_clip is not None:
             nn.utils.clip_grad_norm_(self._parameters(name), self._settings.gradient_clip)
         self._optimizers[name].step()

@@ -137,7 +137,7 @@ def flags_to_layer(flags: Mapping[str, Any], *, resized: bool) -> dict[str, Any]
 def _refuse_conflicts(flags: Mapping[str, Any], sets: Mapping[str, Any]) -> None:
     set_values = _flatten(sets)
     for key, value in _flatten(flags).items():
-        if key in set_values and set_values[key] != value:
+        if key in set_values and str(set_values[key]) != str(value):  # YAML reads 32 as a number
             raise ConfigError(f"a flag says {key}={value} and --set says {key}={set_values[key]}; give one of the two.")
 
 
@@ -218,23 +218,34 @@ def _build(dataset_path: Path, recipe: str | None, kind: str, merged: Mapping[st
     for key, values in sections.items():
         if not isinstance(values, Mapping):
             raise ConfigError(f"section '{key}' is {values!r}; write settings, for instance {key}.name=value.")
+    named = sections["data"].get("dataset", dataset_path)
+    if Path(named).resolve() != dataset_path.resolve():
+        raise ConfigError(f"data.dataset says {named}, the command {dataset_path}; give the dataset folder once.")
     data = parse(DataSection, merge(sections["data"], {"dataset": str(dataset_path.resolve())}), where="data")
     network = parse(NetworkSection, sections["network"], where="network")
     training = parse(TrainingSection, sections["training"], where="training")
     evaluation = parse(EvaluationSection, merge(sections["evaluation"], {"protocol": kind}), where="evaluation")
     name = str(sections["method"]["name"])
     settings = {key: value for key, value in sections["method"].items() if key != "name"}
-    method = parse(catalogue.load(name).Config, settings, where="method")
+    method_class = catalogue.load(name)
+    method = parse(method_class.Config, settings, where="method")
 
     dataset = Dataset.open(dataset_path)
     split = resolve_split(
         dataset,
         labeled=data.labeled,
         protocol=evaluation.protocol,
-        seed=training.seed,
+        seed=data.seed_split,
         seed_labeled=data.seed_labeled,
     )
+    if method_class.uses_unlabeled and not split.unlabeled:
+        raise ConfigError(
+            f"method '{name}' learns from unlabeled cases, but all {len(split.labeled)} training cases are labeled; "
+            "give --labeled N to hide the labels of the others, or choose --method supervised."
+        )
     plan = make_plan(dataset, split, dims=sections["plan"].get("spatial_dims"), overrides=sections["plan"])
+    if method_class.uses_unlabeled and plan.unlabeled_batch_size == 0:
+        raise ConfigError(f"method '{name}' needs unlabeled rows; set plan.unlabeled_batch_size to 1 or more.")
     if evaluation.selection == "auto":
         chosen = "best" if split.val and split.test else "last"
         evaluation = evaluation.model_copy(update={"selection": chosen})

@@ -24,11 +24,20 @@ _WHOLE = (slice(None), slice(None), slice(None))
 
 @dataclass(frozen=True)
 class StageSpan:
-    """A stage and the iterations of the run that are its own, ``start <= iteration < stop``."""
+    """A stage and the iterations of the run that are its own, ``start <= iteration < stop``.
+
+    Attributes:
+        stage: What the method declared.
+        start: First iteration.
+        stop: Iteration after the last one.
+        schedule: Start and stop of its learning-rate schedule, which it shares with the stages that keep its
+            optimizers.
+    """
 
     stage: Stage
     start: int
     stop: int
+    schedule: tuple[int, int]
 
     @property
     def length(self) -> int:
@@ -54,9 +63,13 @@ def stage_spans(stages: Sequence[Stage], steps: int) -> list[StageSpan]:
     """
     total = sum(stage.share for stage in stages)
     borders = [round(steps * share / total) for share in itertools.accumulate(stage.share for stage in stages)]
-    spans = [
-        StageSpan(stage, start, stop) for stage, start, stop in zip(stages, [0, *borders[:-1]], borders, strict=True)
-    ]
+    starts = [0, *borders[:-1]]
+    anew = [index for index, stage in enumerate(stages) if index == 0 or stage.restart_optimizers]
+    spans = []
+    for index, stage in enumerate(stages):
+        first = max(begin for begin in anew if begin <= index)
+        after = min((begin for begin in anew if begin > index), default=len(stages))
+        spans.append(StageSpan(stage, starts[index], borders[index], (starts[first], borders[after - 1])))
     for span in spans:
         if span.length < 1:
             raise ConfigError(f"stage '{span.stage.name}' would get no iteration of {steps}; raise --steps.")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 
@@ -45,7 +46,8 @@ def validate(
         autocast: Precision context of the training.
 
     Returns:
-        ``{"val/dice": ..., "val/dice/<class>": ...}`` in [0, 1]; a class that is in no case is left out.
+        ``{"val/dice": ..., "val/dice/<class>": ...}`` in [0, 1]; a class that is in no case is left out,
+        and ``val/dice`` is NaN if none is in any.
     """
     rows = []
     with evaluation_mode(network):
@@ -66,4 +68,4 @@ def validate(
         for name, mean in zip(dataset.classes[1:], means, strict=True)
         if not np.isnan(mean)
     }
-    return {"val/dice": float(np.nanmean(means)), **values}
+    return {"val/dice": float(means[counted].mean()) if counted.any() else math.nan, **values}
