@@ -20,7 +20,7 @@ from _common import write_result
 
 from scantly.losses import cross_entropy_dice
 from scantly.methods import catalogue
-from scantly.methods.base import Batch, Progress, Task
+from scantly.methods.base import Batch, Progress, Stage, Task
 from scantly.training.config import TrainingSection
 from scantly.training.optimizers import TrainingHandles
 from scantly.views import WeakConfig, weak
@@ -67,7 +67,7 @@ def method_step(name: str, task: Task, rows: int, device: str, bf16: bool) -> Ca
     method = method_class(task, method_class.Config()).to(device).train()
     method.to(memory_format=torch.channels_last)
     method.generator = torch.Generator(device).manual_seed(0)
-    handles = TrainingHandles(method, TrainingSection(), 1000)
+    handles = TrainingHandles(method, Stage(), TrainingSection(), 1000)
     images = torch.rand(rows, 1, *task.patch_size, device=device)
     labels = torch.randint(task.num_classes, (rows, *task.patch_size), device=device, dtype=torch.uint8)
     progress = Progress(0, 1000)

@@ -319,8 +319,8 @@ def test_every_documented_method_takes_steps(name: str, spatial_dims: Any) -> No
     method: Method = kind(task, kind.Config()).train()
     before = {key: value.clone() for key, value in method.named_parameters()}
     for stage in method.stages():
-        method.start_stage(stage)
-        handles = TrainingHandles(method, TrainingSection(), total=3)
+        method.enter_stage(stage, first=True)
+        handles = TrainingHandles(method, stage, TrainingSection(), total=3)
         for iteration in range(3):
             batch = _batch(0 if stage.labeled_only else 4, spatial_dims)
             if stage.relabel:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scantly.methods import catalogue
-from scantly.methods.base import Batch, Progress, Task
+from scantly.methods.base import Batch, Progress, Stage, Task
 from scantly.settings import merge
 from scantly.training.config import TrainingSection
 from scantly.training.optimizers import TrainingHandles
@@ -25,7 +25,7 @@ def test_a_step_never_waits_for_the_device(name, dims, bf16):
     method_class = catalogue.load(name)
     method = method_class(task, method_class.Config()).cuda().train()
     method.generator = torch.Generator("cuda").manual_seed(0)
-    handles = TrainingHandles(method, TrainingSection(), 10)
+    handles = TrainingHandles(method, Stage(), TrainingSection(), 10)
     x = torch.rand(2, 1, *(32,) * dims, device="cuda")
     y = torch.randint(3, (2, *(32,) * dims), device="cuda")
     for iteration in range(3):

@@ -109,3 +109,9 @@ def test_a_scan_is_never_overwritten_by_its_prediction(trained, cohort, tmp_path
     assert scan.read_bytes() == before
     assert [item.name for item in tmp_path.iterdir()] == ["patient.nii.gz"]
     assert predict(trained.folder, [scan], tmp_path / "out")
+
+
+def test_numbered_scans_of_a_one_channel_model_keep_their_numbers(tmp_path):
+    for name in ("scan_0001.nii.gz", "scan_0002.nii.gz", "other_0000.nii.gz"):
+        (tmp_path / name).touch()
+    assert sorted(find_inputs([tmp_path], channels=1)) == ["other", "scan_0001", "scan_0002"]

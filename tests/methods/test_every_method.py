@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scantly.methods import catalogue
-from scantly.methods.base import Batch, Method, Progress, Task
+from scantly.methods.base import Batch, Method, Progress, Stage, Task
 from scantly.training.config import TrainingSection
 from scantly.training.optimizers import TrainingHandles
 
@@ -57,7 +57,7 @@ def run(method: Method, dims: int, device: str, bf16: bool, steps: range, handle
 @pytest.mark.parametrize("name", METHODS)
 def test_it_learns_and_stays_finite(name, dims, bf16, device):
     method = make_method(name, dims, device)
-    handles = TrainingHandles(method, TrainingSection(lr=0.05), STEPS)
+    handles = TrainingHandles(method, Stage(), TrainingSection(lr=0.05), STEPS)
     sums = run(method, dims, device, bf16, range(STEPS), handles)
     assert all(torch.isfinite(torch.tensor(sums)))
     assert sum(sums[-5:]) < 0.7 * sum(sums[:5])
@@ -72,7 +72,7 @@ def test_it_learns_and_stays_finite(name, dims, bf16, device):
 @pytest.mark.parametrize("name", METHODS)
 def test_gradient_reaches_every_trained_parameter_and_no_frozen_one(name, dims, bf16, monkeypatch):
     method = make_method(name, dims)
-    handles = TrainingHandles(method, TrainingSection(), STEPS)
+    handles = TrainingHandles(method, Stage(), TrainingSection(), STEPS)
     seen = {}
 
     def update(self, optimizer="main"):
@@ -91,7 +91,7 @@ def test_gradient_reaches_every_trained_parameter_and_no_frozen_one(name, dims, 
 @pytest.mark.parametrize("name", METHODS)
 def test_saved_and_loaded_in_the_middle_it_goes_on_the_same(name, dims):
     method = make_method(name, dims)
-    handles = TrainingHandles(method, TrainingSection(), STEPS)
+    handles = TrainingHandles(method, Stage(), TrainingSection(), STEPS)
     run(method, dims, "cpu", False, range(5), handles)
     saved = {key: value.clone() for key, value in method.state_dict().items()}
     optimizers, generators = copy.deepcopy(handles.state_dict()), (method.generator.get_state(), torch.get_rng_state())
@@ -99,7 +99,7 @@ def test_saved_and_loaded_in_the_middle_it_goes_on_the_same(name, dims):
 
     other = make_method(name, dims)
     other.load_state_dict(saved, strict=True)
-    others = TrainingHandles(other, TrainingSection(), STEPS)
+    others = TrainingHandles(other, Stage(), TrainingSection(), STEPS)
     others.load_state_dict(optimizers)
     other.generator.set_state(generators[0])
     torch.set_rng_state(generators[1])
@@ -112,7 +112,7 @@ def test_saved_and_loaded_in_the_middle_it_goes_on_the_same(name, dims):
 def test_the_predictor_stands_alone(name):
     """Its weights, loaded into a fresh method's predictor, give the same logits."""
     method, other = make_method(name, 2), make_method(name, 2)
-    run(method, 2, "cpu", False, range(3), TrainingHandles(method, TrainingSection(), STEPS))
+    run(method, 2, "cpu", False, range(3), TrainingHandles(method, Stage(), TrainingSection(), STEPS))
     other.predictor.load_state_dict(method.predictor.state_dict(), strict=True)
     images = make_batch(2, "cpu").labeled
     assert torch.equal(other.predictor.eval()(images), method.predictor.eval()(images))

@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from scantly.methods.base import Method, MethodConfig, OptimizerSpec, Task
+from scantly.methods.base import Method, MethodConfig, OptimizerSpec, Stage, Task
 from scantly.training.config import TrainingSection
 from scantly.training.optimizers import TrainingHandles, learning_rate
 
@@ -40,7 +40,7 @@ class Adversaries(Method):
     def predictor(self):
         return self.g
 
-    def optimizers(self):
+    def optimizers(self, stage):
         return {
             "g": OptimizerSpec(self.g.parameters()),
             "d": OptimizerSpec(self.d.parameters(), name="adam", lr=1e-3, schedule="constant"),
@@ -49,7 +49,7 @@ class Adversaries(Method):
 
 def test_named_backward_keeps_the_other_network_clean():
     method = Adversaries()
-    handles = TrainingHandles(method, TrainingSection(), 10)
+    handles = TrainingHandles(method, Stage(), TrainingSection(), 10)
     handles.backward(method.d(method.g(torch.ones(1, 2))).sum(), "g")
     assert method.g.weight.grad is not None
     assert method.d.weight.grad is None
@@ -61,21 +61,21 @@ def test_named_backward_keeps_the_other_network_clean():
 
 def test_each_optimizer_has_its_own_schedule_and_state():
     method = Adversaries()
-    handles = TrainingHandles(method, TrainingSection(), 10)
+    handles = TrainingHandles(method, Stage(), TrainingSection(), 10)
     handles.set_iteration(6)
     assert handles.rates()["d"] == 1e-3
     assert handles.rates()["g"] == pytest.approx(0.01 * 0.5**0.9)
     handles.backward(method.d(method.g(torch.ones(1, 2))).sum())
     handles.update("d")
     state = handles.state_dict()
-    other = TrainingHandles(Adversaries(), TrainingSection(), 10)
+    other = TrainingHandles(Adversaries(), Stage(), TrainingSection(), 10)
     other.load_state_dict(state)
     assert other.state_dict()["d"]["state"].keys() == state["d"]["state"].keys()
 
 
 def test_clipping_bounds_the_norm_per_optimizer():
     method = Adversaries()
-    handles = TrainingHandles(method, TrainingSection(gradient_clip=0.5, momentum=0, weight_decay=0), 10)
+    handles = TrainingHandles(method, Stage(), TrainingSection(gradient_clip=0.5, momentum=0, weight_decay=0), 10)
     before = method.g.weight.detach().clone()
     handles.backward(1000 * method.g(torch.ones(1, 2)).sum(), "g")
     handles.update("g")
@@ -85,7 +85,7 @@ def test_clipping_bounds_the_norm_per_optimizer():
 def test_gradients_added_after_an_average_are_averaged_too(monkeypatch):
     """Two ranks; the other one always has gradient 0, so an average halves what is there."""
     method = Adversaries()
-    handles = TrainingHandles(method, TrainingSection(momentum=0, weight_decay=0), 10)
+    handles = TrainingHandles(method, Stage(), TrainingSection(momentum=0, weight_decay=0), 10)
     other = torch.zeros(2, 2)
 
     def all_reduce(gradient):
@@ -103,3 +103,22 @@ def test_gradients_added_after_an_average_are_averaged_too(monkeypatch):
     other = first.clone()
     handles.update("g")
     assert torch.allclose(before - method.g.weight, torch.full((2, 2), 0.01))
+
+
+def test_an_optimizers_own_power_end_and_clipping_win_over_the_recipes():
+    class Own(Adversaries):
+        def optimizers(self, stage):
+            spec = OptimizerSpec(self.g.parameters(), power=2.0, end_lr=1e-4, gradient_clip=0.5, lr=0.01)
+            return {"g": spec} if stage.name == "warm" else {"d": OptimizerSpec(self.d.parameters())}
+
+    method = Own()
+    settings = TrainingSection(gradient_clip=100.0, momentum=0, weight_decay=0)
+    handles = TrainingHandles(method, Stage("warm"), settings, 10)
+    handles.set_iteration(6)  # the rate of step 5: half-way
+    assert handles.rates() == {"g": pytest.approx(1e-4 + (0.01 - 1e-4) * 0.25)}
+    handles.set_iteration(0)
+    before = method.g.weight.detach().clone()
+    handles.backward(1000 * method.g(torch.ones(1, 2)).sum(), "g")
+    handles.update("g")
+    assert (method.g.weight - before).norm().item() == pytest.approx(0.01 * 0.5, rel=1e-4)
+    assert list(TrainingHandles(method, Stage("later"), settings, 10).rates()) == ["d"]

@@ -118,8 +118,9 @@ class TwoStages(Method):
             Stage("pseudo", share=3, relabel=True),
         ]
 
-    def start_stage(self, stage: Stage) -> None:
-        torch.nn.init.normal_(self.network.head.bias)  # from the global generator, as new heads would be
+    def enter_stage(self, stage: Stage, *, first: bool) -> None:
+        if first:
+            torch.nn.init.normal_(self.network.head.bias)  # from the global generator, as new heads would be
 
     def losses(self, batch: Any, progress: Any) -> dict[str, torch.Tensor]:
         assert (progress.stage == "pseudo") == (batch.pseudo_labels is not None)

@@ -152,24 +152,26 @@ def find_inputs(inputs: Iterable[str | Path], *, channels: int) -> dict[str, tup
             raise ImageError(f"{item} does not exist.")
     cases: dict[str, dict[int, Path]] = {}
     for file in files:
-        match = _CHANNEL.search(stem(file))
-        name = stem(file)[: match.start()] if match else stem(file)
-        channel = int(match[1]) if match else 0
+        name, channel = _case_and_channel(file, channels)
         if channel in cases.setdefault(name, {}):
             raise ImageError(f"{file} and {cases[name][channel]} are both channel {channel} of '{name}'; rename one.")
         cases[name][channel] = file
     for name, by_channel in cases.items():
-        single_file_channels = len(by_channel) == 1 and file_ending(by_channel.get(0, Path())) in {
-            ".png",
-            ".tif",
-            ".tiff",
-        }
-        if not single_file_channels and sorted(by_channel) != list(range(channels)):
+        colors_in_one_file = list(by_channel) == [0] and file_ending(by_channel[0]) in {".png", ".tif", ".tiff"}
+        if not colors_in_one_file and sorted(by_channel) != list(range(channels)):
             raise ImageError(
                 f"'{name}' has channels {sorted(by_channel)}, the model takes {list(range(channels))}; give one file "
                 "per channel, named <case>_0000, <case>_0001, ..."
             )
     return {name: tuple(by_channel[c] for c in sorted(by_channel)) for name, by_channel in cases.items()}
+
+
+def _case_and_channel(file: Path, channels: int) -> tuple[str, int]:
+    """With one channel only ``_0000`` is a channel; other numbers are part of the name, as in ``scan_0017``."""
+    match = _CHANNEL.search(stem(file))
+    if match is None or (channels == 1 and int(match[1]) > 0):
+        return stem(file), 0
+    return stem(file)[: match.start()], int(match[1])
 
 
 def write_prediction(prediction: Prediction, folder: Path, case: str, source: Path) -> Path:

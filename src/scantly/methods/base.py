@@ -7,7 +7,7 @@ anybody's training loop. Shapes: ``B`` batch (``Bl`` labeled, ``Bu`` unlabeled),
 
 from __future__ import annotations
 
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, Protocol
@@ -47,13 +47,18 @@ class Task:
         """Number of classes, background included."""
         return len(self.classes)
 
-    def network(self) -> nn.Module:
-        """Build one backbone, freshly initialized from torch's global generator."""
+    def network(self, *, in_channels: int | None = None, out_channels: int | None = None) -> nn.Module:
+        """Build one backbone, freshly initialized from torch's global generator.
+
+        Args:
+            in_channels: Channels of its input; ``None``: of the images.
+            out_channels: Channels of its output; ``None``: the classes.
+        """
         return networks.build(
             self.network_name,
             spatial_dims=self.spatial_dims,
-            in_channels=self.channels,
-            out_channels=self.num_classes,
+            in_channels=self.channels if in_channels is None else in_channels,
+            out_channels=self.num_classes if out_channels is None else out_channels,
             arguments=self.network_arguments,
         )
 
@@ -89,6 +94,7 @@ class Batch:
         unlabeled_cases: Case name of each unlabeled row.
         pseudo_labels: Labels that an earlier stage wrote for the unlabeled rows, geometry as ``unlabeled``,
             ``(Bu, *spatial)``, int64; ``None`` before any stage has relabeled the pool.
+        pseudo_labels_raw: The same before the weak augmentation.
     """
 
     labeled: Tensor
@@ -100,6 +106,7 @@ class Batch:
     labeled_cases: tuple[str, ...] = ()
     unlabeled_cases: tuple[str, ...] = ()
     pseudo_labels: Tensor | None = None
+    pseudo_labels_raw: Tensor | None = None
 
     @property
     def images(self) -> Tensor:
@@ -174,6 +181,9 @@ class OptimizerSpec:
         betas: Adam's decay rates.
         nesterov: Nesterov momentum, SGD only.
         schedule: ``poly``, ``step`` or ``constant``.
+        power: Exponent of the poly schedule.
+        end_lr: Learning rate that the poly schedule falls to.
+        gradient_clip: Largest norm of this optimizer's gradients.
     """
 
     parameters: Iterable[nn.Parameter] | None = None
@@ -184,6 +194,9 @@ class OptimizerSpec:
     betas: tuple[float, float] = (0.9, 0.999)
     nesterov: bool = False
     schedule: Literal["poly", "step", "constant"] | None = None
+    power: float | None = None
+    end_lr: float = 0.0
+    gradient_clip: float | None = None
 
 
 class Handles(Protocol):
@@ -208,7 +221,7 @@ class MethodConfig(Settings):
     """Base of every method's settings; each field states unit, source and default."""
 
 
-class Method(nn.Module):
+class Method(nn.Module, ABC):
     """Base of all methods.
 
     A subclass builds its networks in ``__init__`` with ``task.network()``, and implements :meth:`losses`
@@ -254,11 +267,20 @@ class Method(nn.Module):
         """Stages in order; the default is one over the whole budget."""
         return [Stage(labeled_only=not self.uses_unlabeled)]
 
-    def start_stage(self, stage: Stage) -> None:
-        """Called before the first iteration of each stage (for instance: copy student to teacher)."""
+    def enter_stage(self, stage: Stage, *, first: bool) -> None:
+        """Called before a stage's first iteration, and again when a killed run is resumed inside it.
 
-    def optimizers(self) -> dict[str, OptimizerSpec]:
-        """Named optimizers; the default is one, ``main``, as the recipe says."""
+        Args:
+            stage: The stage.
+            first: Whether it begins. Draw or copy weights (student to teacher) only then; what is no part of
+                ``state_dict`` (``requires_grad``, evaluation mode of a part) is set every time.
+        """
+
+    def optimizers(self, stage: Stage) -> dict[str, OptimizerSpec]:  # noqa: ARG002
+        """Named optimizers of a stage; the default is one, ``main``, as the recipe says.
+
+        A stage that does not restart optimizers has those of the stage before.
+        """
         return {"main": OptimizerSpec()}
 
     def log(self, name: str, value: Tensor) -> None:

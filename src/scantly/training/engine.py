@@ -133,10 +133,9 @@ class Engine:
         if state is not None:
             restore_rng(self.method.generator, state["generators"])
         pseudo_labels = self._pseudo_labels(span, begins=begins)
-        if begins:
-            self.method.start_stage(span.stage)
+        self.method.enter_stage(span.stage, first=begins)
         first, after = span.schedule
-        handles = TrainingHandles(self.method, self.config.training, after - first)
+        handles = TrainingHandles(self.method, span.stage, self.config.training, after - first)
         if not begins and state is not None:
             handles.load_state_dict(state["optimizers"])
         elif begins and not span.stage.restart_optimizers and self._previous_optimizers is not None:
@@ -182,22 +181,23 @@ class Engine:
         """To the device, through the shared weak augmentation."""
         device = self.fabric.device
         labeled, unlabeled = (images.to(device, non_blocking=True) for images in (raw.labeled, raw.unlabeled))
-        labels = raw.labels.to(device, non_blocking=True).long()
-        pseudo = None if raw.pseudo_labels is None else raw.pseudo_labels.to(device, non_blocking=True).long()
+        labels = raw.labels.to(device, non_blocking=True)
+        pseudo = None if raw.pseudo_labels is None else raw.pseudo_labels.to(device, non_blocking=True)
         settings, generator = self.config.data.augmentation, self.method.generator
         seen = weak(settings, labeled, [labels], generator=generator)
         maps = [] if pseudo is None else [pseudo]
         unseen = weak(settings, unlabeled, maps, generator=generator) if len(unlabeled) else None
         return Batch(
             labeled=self._layout(seen.images),
-            labels=seen.maps[0],
+            labels=seen.maps[0].long(),
             unlabeled=self._layout(unlabeled if unseen is None else unseen.images),
             labeled_raw=labeled,
-            labels_raw=labels,
+            labels_raw=labels.long(),
             unlabeled_raw=unlabeled,
             labeled_cases=raw.labeled_cases,
             unlabeled_cases=raw.unlabeled_cases,
-            pseudo_labels=unseen.maps[0] if unseen is not None and maps else None,
+            pseudo_labels=unseen.maps[0].long() if unseen is not None and maps else None,
+            pseudo_labels_raw=None if pseudo is None else pseudo.long(),
         )
 
     def _autocast(self) -> torch.autocast:
@@ -281,7 +281,7 @@ class Engine:
             if name.startswith("loss/") and not math.isfinite(value):
                 raise RunError(
                     f"{name} is {value} at iteration {self.iteration}; lower training.lr, set "
-                    "training.gradient_clip, or use --precision 32. The last checkpoint is kept."
+                    "training.gradient_clip, or use --precision 32, with another --out. The last checkpoint is kept."
                 )
         note = ", ".join(f"{name[5:]} {value:.3g}" for name, value in values.items() if name.startswith("loss/"))
         elapsed = max(time.monotonic() - loop.started, 1e-9)
@@ -320,6 +320,12 @@ class Engine:
     def _save(self, loop: _Loop) -> None:
         if loop.log is None:
             return
+        weights = [value for value in self.method.state_dict().values() if value.is_floating_point()]
+        if not bool(torch.stack([value.isfinite().all() for value in weights]).all()):
+            raise RunError(
+                f"the weights are not finite after iteration {self.iteration}; lower training.lr, set "
+                "training.gradient_clip, or use --precision 32, with another --out. The last checkpoint is kept."
+            )
         loop.log.flush()
         state = {
             "iteration": self.iteration,

@@ -11,7 +11,7 @@ import torch.distributed
 from torch import Tensor, nn
 
 from scantly.errors import ConfigError
-from scantly.methods.base import Method, OptimizerSpec
+from scantly.methods.base import Method, OptimizerSpec, Stage
 from scantly.training.config import TrainingSection
 
 __all__ = ["TrainingHandles", "learning_rate"]
@@ -44,15 +44,16 @@ class TrainingHandles:
     """Named optimizers of a method with clipping, averaging over ranks and schedules inside.
 
     Args:
-        method: Its ``optimizers()`` are built.
+        method: Its optimizers for the stage are built.
+        stage: The stage.
         settings: Section ``training``.
         total: Iterations of the learning-rate schedule: of the stage, and those that keep its optimizers.
     """
 
-    def __init__(self, method: Method, settings: TrainingSection, total: int) -> None:
+    def __init__(self, method: Method, stage: Stage, settings: TrainingSection, total: int) -> None:
         self._settings = settings
         self._total = total
-        self._specs = method.optimizers()
+        self._specs = method.optimizers(stage)
         self._optimizers: dict[str, torch.optim.Optimizer] = {}
         self._initial: dict[str, float] = {}
         for name, spec in self._specs.items():
@@ -66,10 +67,12 @@ class TrainingHandles:
     def set_iteration(self, iteration: int) -> None:
         """Set every learning rate for this step of the schedule, from 0."""
         for name, optimizer in self._optimizers.items():
-            schedule = self._specs[name].schedule or self._settings.schedule
-            factor = learning_rate(schedule, iteration, self._total, self._settings)
+            spec, settings = self._specs[name], self._settings
+            if spec.power is not None:
+                settings = settings.model_copy(update={"power": spec.power})
+            factor = learning_rate(spec.schedule or settings.schedule, iteration, self._total, settings)
             for group in optimizer.param_groups:
-                group["lr"] = self._initial[name] * factor
+                group["lr"] = spec.end_lr + (self._initial[name] - spec.end_lr) * factor
 
     def rates(self) -> dict[str, float]:
         """Current learning rate of each optimizer."""
@@ -99,8 +102,9 @@ class TrainingHandles:
     def update(self, name: str = "main") -> None:
         """Average, clip, step, clear."""
         self.average_gradients(name)
-        if self._settings.gradient_clip is not None:
-            nn.utils.clip_grad_norm_(self._parameters(name), self._settings.gradient_clip)
+        largest = self._specs[name].gradient_clip or self._settings.gradient_clip
+        if largest is not None:
+            nn.utils.clip_grad_norm_(self._parameters(name), largest)
         self._optimizers[name].step()
         self._optimizers[name].zero_grad(set_to_none=True)
 

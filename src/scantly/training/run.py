@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
     import pandas as pd
 
 __all__ = ["Run"]
+
+_LOGGER = logging.getLogger("scantly")
 
 
 class Run:
@@ -167,6 +170,7 @@ class Run:
                     f"{self.folder} holds a run of another configuration; choose another --out. It differs in "
                     f"(there -> here):\n{listed}"
                 )
+            self._warn_of_another_environment(environment)
             if self.last_checkpoint.is_file() and not self.finished and not resume:
                 raise RunError(
                     f"{self.folder} holds an unfinished run; continue it with --resume, or choose another --out."
@@ -180,6 +184,19 @@ class Run:
             )
         write_json(self.folder / "environment.json", dict(environment))
         write_yaml(path, values)
+
+    def _warn_of_another_environment(self, environment: Mapping[str, Any]) -> None:
+        """A resumed run is bit-identical only where it began."""
+        before = self.environment
+        for key in ("device_name", "threads", "packages"):
+            if not self.finished and before.get(key) != environment.get(key):
+                _LOGGER.warning(
+                    "%s began with %s %s, this is %s; resuming will not be bit-identical",
+                    self.folder,
+                    key.replace("_", " "),
+                    _short(before.get(key)),
+                    _short(environment.get(key)),
+                )
 
 
 def _differences(there: Mapping[str, Any], here: Mapping[str, Any], prefix: str = "") -> list[str]:

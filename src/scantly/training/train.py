@@ -13,6 +13,7 @@ from lightning.fabric import Fabric
 
 from scantly.data.dataset import Dataset
 from scantly.data.store import Store, build_store
+from scantly.errors import RunError
 from scantly.inference.predict import select_device
 from scantly.methods import catalogue
 from scantly.methods.base import Method, Task
@@ -124,6 +125,11 @@ def train_config(config: RunConfig, out: str | Path, *, resume: bool = False, qu
             environment = describe_environment(fabric.device, world_size=fabric.world_size)
             run.claim(config, environment, resume=resume)
         fabric.barrier()
+        if fabric.world_size > 1 and run.last_checkpoint.is_file() and not run.finished:
+            raise RunError(
+                f"{run.folder} cannot be resumed on {fabric.world_size} devices: the checkpoint holds the random "
+                "generators of one; train it anew in another --out."
+            )
         if run.finished:
             _LOGGER.info("%s is finished already; nothing to train", run.folder)
             return run
