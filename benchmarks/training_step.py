@@ -41,7 +41,9 @@ def autocast(device: str, bf16: bool) -> torch.autocast:
     return torch.autocast(device, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)
 
 
-def bare_step(task: Task, rows: int, device: str, bf16: bool, channels_last: bool) -> Callable[[], None]:
+def bare_step(
+    task: Task, rows: int, device: str, bf16: bool, channels_last: bool, compiled: bool = False
+) -> Callable[[], None]:
     """Forward, loss, backward and SGD of the network alone, on rows that lie on the device."""
     network = task.network().to(device).train()
     images = torch.rand(rows, 1, *task.patch_size, device=device)
@@ -49,6 +51,8 @@ def bare_step(task: Task, rows: int, device: str, bf16: bool, channels_last: boo
     if channels_last:
         network.to(memory_format=torch.channels_last)
         images = images.contiguous(memory_format=torch.channels_last)
+    if compiled:
+        network.compile()
     optimizer = torch.optim.SGD(network.parameters(), lr=0.01, momentum=0.9, foreach=True)
 
     def step() -> None:
@@ -102,6 +106,7 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=128)
     parser.add_argument("--rows", type=int, default=8)
     parser.add_argument("--repetitions", type=int, default=9)
+    parser.add_argument("--compile", action="store_true", help="also torch.compile (minutes to compile)")
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -114,6 +119,9 @@ def main() -> None:
         variants[f"bare {precision}"] = bare_step(task, rows, device, bf16, False)
         variants[f"bare {precision} channels-last"] = bare_step(task, rows, device, bf16, True)
         variants[f"bare {precision} channels-last, double rows"] = bare_step(task, 2 * rows, device, bf16, True)
+        if arguments.compile:
+            compiled = bare_step(task, rows, device, bf16, True, compiled=True)
+            variants[f"bare {precision} channels-last, compiled"] = compiled
         for name in PASSES:
             variants[f"{name} {precision}"] = method_step(name, task, rows, device, bf16)
     seconds = measure(variants, device, arguments.repetitions)
@@ -124,6 +132,9 @@ def main() -> None:
     }
     for precision in ("fp32", "bf16"):
         bare, double = (seconds[f"bare {precision} channels-last{more}"] for more in ("", ", double rows"))
+        if arguments.compile:
+            compiled_seconds = seconds[f"bare {precision} channels-last, compiled"]
+            ratios[f"speedup of torch.compile over channels-last, {precision}"] = bare / compiled_seconds
         ratios[f"supervised step over its bare pass, {precision}"] = seconds[f"supervised {precision}"] / bare
         ratios[f"mean_teacher step over a bare pass of as many rows, {precision}"] = (
             seconds[f"mean_teacher {precision}"] / double
