@@ -285,8 +285,8 @@ def _paint_thorax(canvas: _Canvas, heart: _Heart, tissue: _Tissue) -> None:
     start = draw.uniform(46, 62)
     canvas.paint(depth + wavy - start, tissue.muscle)
     canvas.paint(depth + 0.4 * wavy - start - draw.uniform(7, 13), tissue.fat)
-    for number in range(int(draw.integers(3, 6))):
-        _paint_distractor(canvas, heart, tissue, walled=number % 2 == 0)
+    for number in range(int(draw.integers(2, 5))):
+        _paint_distractor(canvas, heart, tissue, walled=number == 0)
 
 
 def _paint_distractor(canvas: _Canvas, heart: _Heart, tissue: _Tissue, *, walled: bool) -> None:
@@ -367,10 +367,10 @@ def _degrade(canvas: _Canvas) -> Array:
     x, y, z = canvas.x / 75, canvas.y / 75, 2 * canvas.z - 1  # -1 to 1
     basis = (x, y, 0.6 * z, x * y, x * x - 0.3, y * y - 0.3)
     bias = np.exp(sum(weight * term for weight, term in zip(draw.normal(0, 0.22, 6), basis, strict=True)))
-    image = np.maximum(canvas.image * (1 + fine + coarse) * bias, 0) ** draw.uniform(0.8, 1.3)
+    image = np.maximum(canvas.image * (1 + fine + coarse) * bias, 0) ** draw.uniform(0.7, 1.5)
     blur = draw.uniform(0.3, 0.7)  # in pixels of the plane, and the same length across slices
     pixel, distance = EXTENT_MM[1] / image.shape[1], EXTENT_MM[0] / image.shape[0]
     image = ndimage.gaussian_filter(image, (blur * pixel / distance, blur, blur))
-    noise = draw.uniform(0.02, 0.07) * canvas.texture.standard_normal((2, *image.shape), np.float32)
+    noise = draw.uniform(0.02, 0.18) * canvas.texture.standard_normal((2, *image.shape), np.float32)
     degraded: Array = (np.hypot(image + noise[0], noise[1]) * draw.uniform(150, 900)).astype(np.float32)
     return degraded
