@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_datasets import write_dataset
 
-from scantly.data.batches import BatchSource, PseudoLabels, RawBatch, make_loader
+from scantly.data.batches import BatchSource, RawBatch, make_loader
 from scantly.data.plan import Plan
+from scantly.data.pseudo_labels import PseudoLabels
 from scantly.data.store import Store, build_store
 from scantly.errors import ConfigError, DatasetError
 

@@ -19,7 +19,6 @@ import multiprocessing
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -28,12 +27,13 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from scantly.data.arrays import ArrayFolder, Recent, write_array
+from scantly.data.arrays import Recent
 from scantly.data.plan import Plan
+from scantly.data.pseudo_labels import PseudoLabels
 from scantly.data.store import Store
 from scantly.errors import ConfigError, DatasetError, ScantlyError
 
-__all__ = ["BatchSource", "PseudoLabels", "RawBatch", "make_loader"]
+__all__ = ["BatchSource", "RawBatch", "make_loader"]
 
 Corner: TypeAlias = tuple[int, int, int]
 Read: TypeAlias = Callable[[str, tuple[slice, slice, slice]], NDArray[Any]]
@@ -74,48 +74,6 @@ class RawBatch:
             unlabeled_cases=self.unlabeled_cases,
             pseudo_labels=None if self.pseudo_labels is None else self.pseudo_labels.pin_memory(),
         )
-
-
-class PseudoLabels:
-    """Labels that the engine predicted for unlabeled cases, on the prepared grid, one file per case.
-
-    Attributes:
-        folder: Where they lie.
-    """
-
-    #: Cheap to read both slice by slice and in patches; label maps are small.
-    _CHUNK = (8, 128, 128)
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-        self._files = ArrayFolder(folder.absolute())
-
-    @classmethod
-    def open(cls, folder: Path) -> PseudoLabels:
-        """Open a folder, which need not exist before the first :meth:`write`."""
-        return cls(folder)
-
-    def __reduce__(self) -> tuple[type[PseudoLabels], tuple[Path]]:
-        return type(self), (self.folder,)
-
-    def write(self, case: str, array: NDArray[np.integer[Any]]) -> None:
-        """Write a case's label map, (D, H, W) on the prepared grid, atomically.
-
-        Raises:
-            RunError: if the disk is full or not writable.
-        """
-        kind = np.uint8 if array.max(initial=0) <= 255 else np.int16
-        depth, height, width = (min(n, side) for n, side in zip(array.shape, self._CHUNK, strict=True))
-        write_array(self.folder / f"{case}.b2nd", array.astype(kind), (depth, height, width))
-        self._files.forget(f"{case}.b2nd")
-
-    def read(self, case: str, index: tuple[slice, slice, slice]) -> NDArray[Any]:
-        """Part of a case's label map, (d, h, w).
-
-        Raises:
-            DatasetError: if the case has none.
-        """
-        return self._files.read(f"{case}.b2nd", index)
 
 
 @dataclass(frozen=True)

@@ -16,8 +16,9 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from scantly.data.batches import BatchSource, PseudoLabels, RawBatch, make_loader
+from scantly.data.batches import BatchSource, RawBatch, make_loader
 from scantly.data.dataset import Dataset
+from scantly.data.pseudo_labels import PseudoLabels
 from scantly.data.store import Store
 from scantly.errors import DeviceError, RunError
 from scantly.inference.model import save_model

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from scantly.data.batches import PseudoLabels
 from scantly.data.plan import Plan
+from scantly.data.pseudo_labels import PseudoLabels
 from scantly.data.store import Store
 from scantly.errors import ConfigError
 from scantly.inference.windows import predict_array
