@@ -133,6 +133,11 @@ def test_train_passes_every_option_on(scantly, sound: Path, tmp_path: Path, monk
     }
 
 
+def test_supervised_training_claims_no_unlabeled_cases(scantly, sound: Path, tmp_path: Path, small) -> None:
+    words = ("train", sound, "--method", "supervised", "--labeled", "50%", "--out", tmp_path / "run", *small)
+    assert "trained supervised, 4 iterations, on 3 labeled (3 cases) cases\n" in scantly(*words).out
+
+
 def test_train_ends_with_what_to_do_next(scantly, sound: Path, tmp_path: Path, small) -> None:
     run = tmp_path / "run"
     words = ("train", sound, "--method", "mean_teacher", "--labeled", "50%", "--out", run, *small)

@@ -122,9 +122,12 @@ def train(
 
 
 def _say_result(run: Run) -> None:
+    from scantly.methods import catalogue
+
     config, split = run.settings, run.split
     units = len({split.groups.get(case, case) for case in split.labeled})
-    rest = f" and {len(split.unlabeled)} unlabeled" if split.unlabeled else ""
+    uses_unlabeled = catalogue.load(config.method_name).uses_unlabeled
+    rest = f" and {len(split.unlabeled)} unlabeled" if split.unlabeled and uses_unlabeled else ""
     say(
         f"trained {config.method_name}, {config.training.steps} iterations, on {len(split.labeled)} labeled "
         f"({units} {split.unit}{'' if units == 1 else 's'}){rest} cases"

@@ -150,7 +150,8 @@ def train_config(config: RunConfig, out: str | Path, *, resume: bool = False, qu
 def prepare_store(config: RunConfig, *, quiet: bool = False) -> Store:
     """Prepare all cases that the run reads; only labels of labeled cases enter the store."""
     split = config.split
-    names = [*split["labeled"], *split["unlabeled"], *split["val"]]
+    unlabeled = split["unlabeled"] if catalogue.load(config.method_name).uses_unlabeled else []
+    names = [*split["labeled"], *unlabeled, *split["val"]]
     dataset = Dataset.open(Path(config.data.dataset))
     with ProgressLine("preparing", len(names), quiet=quiet) as line:
         return build_store(
