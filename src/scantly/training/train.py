@@ -150,8 +150,7 @@ def train_config(config: RunConfig, out: str | Path, *, resume: bool = False, qu
 def prepare_store(config: RunConfig, *, quiet: bool = False) -> Store:
     """Prepare all cases that the run reads; only labels of labeled cases enter the store."""
     split = config.split
-    unlabeled = split["unlabeled"] if catalogue.load(config.method_name).uses_unlabeled else []
-    names = [*split["labeled"], *unlabeled, *split["val"]]
+    names = [*split["labeled"], *split["unlabeled"], *split["val"]]
     dataset = Dataset.open(Path(config.data.dataset))
     with ProgressLine("preparing", len(names), quiet=quiet) as line:
         return build_store(
