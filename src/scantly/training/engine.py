@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import signal
 import time
 from collections.abc import Iterator
@@ -372,8 +373,14 @@ class Engine:
     @contextmanager
     def _stop_signals(self) -> Iterator[None]:
         """Ctrl-C and SIGTERM end the run after the current step; a second one ends it at once."""
+        owner = os.getpid()
 
         def request(number: int, frame: FrameType | None) -> None:
+            if os.getpid() != owner:  # a loader's process, forked a moment ago, that has not set its own handlers yet
+                if number == signal.SIGTERM:
+                    signal.signal(number, signal.SIG_DFL)
+                    os.kill(os.getpid(), number)
+                return
             if self._stop_requested:
                 signal.default_int_handler(number, frame)
             self._stop_requested = True
