@@ -4,7 +4,8 @@ import pytest
 
 from scantly.errors import ImageError
 from scantly.imaging import read_image, read_label
-from scantly.inference.predict import Predictor, find_inputs, predict
+from scantly.inference.inputs import find_inputs
+from scantly.inference.predict import Predictor, predict
 from scantly.training.resolve import resolve
 from scantly.training.train import train_config
 
