@@ -44,6 +44,11 @@ def test_version(scantly) -> None:
     assert scantly("--version").out == f"scantly {package.__version__}\n"
 
 
+def test_as_a_module_it_answers_the_same() -> None:
+    done = subprocess.run([sys.executable, "-m", "scantly", "--version"], capture_output=True, text=True, check=True)
+    assert done.stdout == f"scantly {package.__version__}\n"
+
+
 def test_help_lists_the_commands_and_each_help_ends_with_examples(scantly) -> None:
     text = scantly("--help").out
     listed = [line.split()[0] for line in text.split("Commands:")[1].split("Examples:")[0].splitlines() if line.strip()]
