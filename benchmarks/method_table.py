@@ -1,6 +1,7 @@
-"""The ``acdc-cpu`` table: methods x labeled patients x seeds on real ACDC scans, one thread per run.
+"""A table of methods x labeled subjects x seeds on one dataset with one recipe, a run folder per cell.
 
-    python benchmarks/acdc_cpu.py DATASET --runs runs/acdc-cpu --out benchmarks/results/acdc-cpu.json
+    python benchmarks/method_table.py ACDC --recipe acdc-cpu --runs runs/acdc-cpu --out benchmarks/results/acdc-cpu.json
+    python benchmarks/method_table.py LA --recipe la --labeled 8 --seeds 1 --device cuda --runs runs/la
 
 Every cell is a run folder; finished cells are not trained again, an interrupted one is resumed, so the list can be
 stopped and started at will, also by two processes at once (``--share 0/2`` and ``--share 1/2``). Seeds are named on
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from _common import write_result
 
+from scantly.files import read_json, write_json
 from scantly.training.resolve import resolve
 from scantly.training.run import Run
 from scantly.training.train import train_config
@@ -43,12 +45,13 @@ def train_cell(arguments: argparse.Namespace, method: str, labeled: str, seed: i
         "method": method,
         "labeled": None if labeled == "all" else labeled,
         "seed": seed,
-        "device": "cpu",
+        "device": arguments.device,
     }
     config = resolve(arguments.dataset, recipe=arguments.recipe, flags=flags, sets=arguments.set)
-    started = time.process_time()
+    started, worked = time.monotonic(), time.process_time()
     train_config(config, folder, resume=True, quiet=True)
-    (folder / "cpu_seconds").write_text(f"{time.process_time() - started:.0f}\n")
+    spent = {"seconds": round(time.monotonic() - started), "cpu_seconds": round(time.process_time() - worked)}
+    write_json(folder / "spent.json", spent)
     run.evaluate("val")
     print(f"{folder.name}: {run.summary('val')['overall']['dice']['mean']:.4f}", flush=True)
 
@@ -71,7 +74,7 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
                 "hd95_voxels": summary["overall"]["hd95_voxels"]["mean"],
                 "missed": summary["overall"]["missed"],
                 "spurious": summary["overall"]["spurious"],
-                "cpu_seconds": int((folder / "cpu_seconds").read_text()),
+                **read_json(folder / "spent.json"),
             }
         )
     over_seeds = []
@@ -92,10 +95,11 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--runs", type=Path, required=True, help="folder of the run folders")
     parser.add_argument("--out", type=Path, help="JSON file of the table")
-    parser.add_argument("--recipe", default="acdc-cpu")
+    parser.add_argument("--recipe", required=True)
     parser.add_argument("--methods", nargs="+", default=["supervised", "mean_teacher"])
-    parser.add_argument("--labeled", nargs="+", default=["3", "7", "all"], help="patients; 'all' is supervised only")
+    parser.add_argument("--labeled", nargs="+", default=["3", "7", "all"], help="subjects; 'all' is supervised only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="on the CPU one thread is used")
     parser.add_argument("--set", nargs="+", default=[], help="settings for every cell")
     parser.add_argument("--share", default="0/1", help="this process's share of the cells, for instance 0/2")
     arguments = parser.parse_args()
@@ -107,7 +111,8 @@ def main() -> None:
     for row in table["over_seeds"]:
         print({key: round(value, 4) if isinstance(value, float) else value for key, value in row.items()})
     if arguments.out:
-        write_result(arguments.out, {"recipe": arguments.recipe, "split": "val", **table})
+        head = {"recipe": arguments.recipe, "settings": arguments.set, "split": "val"}
+        write_result(arguments.out, {**head, **table})
 
 
 if __name__ == "__main__":
