@@ -23,11 +23,11 @@ from scantly.cli.app import app
 from scantly.cli.arguments import join_values, take_debug
 from scantly.data.plan import Plan
 from scantly.data.splitfile import SplitFile
+from scantly.inference.settings import InferenceSettings
 from scantly.methods import catalogue
 from scantly.methods.base import Batch, Method, Progress, Task
-from scantly.networks import build
-from scantly.networks.catalogue import known_networks
-from scantly.networks.unet import UNet
+from scantly.networks import UNet, VNet, build, known_networks
+from scantly.networks.dynunet import DynUNet
 from scantly.settings import Settings, parse
 from scantly.training.config import (
     DataSection,
@@ -169,7 +169,7 @@ def _require_setting(key: str, method: str | None = None) -> None:
         assert path[0] in fields, key
         return
     if path[:1] == ["arguments"] and path[1:]:
-        taken = [inspect.signature(kind).parameters for kind in (UNet, _monai("SegResNet"))]
+        taken = [inspect.signature(kind).parameters for kind in (UNet, VNet, DynUNet, _monai("SegResNet"))]
         assert any(path[1] in parameters for parameters in taken), key
         return
     model: Any = SECTIONS[section]
@@ -193,13 +193,17 @@ def test_defaults_in_the_configuration_page() -> None:
     text = (ROOT / "docs" / "configuration.md").read_text()
     rows = re.findall(r"^\| `([a-z_.]+)` \| ([^|]+) \| [^|]+ \|$", text, re.M)
     shown = {key: yaml.safe_load(value) for key, value in rows}
-    models: dict[str, type[Settings]] = {**SECTIONS, "data.augmentation": WeakConfig}
+    models: dict[str, type[Settings]] = {
+        **SECTIONS,
+        "data.augmentation": WeakConfig,
+        "evaluation.inference": InferenceSettings,
+    }
     for section, model in models.items():
         for name, field in model.model_fields.items():
             key = f"{section}.{name}"
             if section == "plan":
                 assert f"`{key}`" in text
-            elif key not in {"data.dataset", "data.augmentation"}:
+            elif key not in {"data.dataset", "data.augmentation", "evaluation.inference"}:
                 default = field.get_default(call_default_factory=True)
                 default = list(default) if isinstance(default, tuple) else default
                 assert shown.pop(key) == default, key

@@ -13,6 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 
+import dicom_series as dicoms
 from scantly import imaging
 from scantly.data import create
 from scantly.data.checks import check
@@ -192,3 +193,105 @@ def test_a_scan_given_as_label_is_recognized(tmp_path: Path) -> None:
     imaging.write_label(tmp_path / "drawn" / "a.nii", np.arange(400).reshape(1, 20, 20), geometry)
     with pytest.raises(DatasetError, match="label values to 400: it seems to be a scan"):
         init(tmp_path / "d", tmp_path / "scans", tmp_path / "drawn")
+
+
+@pytest.fixture
+def hospital(tmp_path: Path) -> Path:
+    """Folder ``dicom`` of three patients; ``drawn`` with labels of two, one of them in dcm2niix's order of axes."""
+    for number in (1, 2, 3):
+        dicoms.write(
+            tmp_path / "dicom" / f"case{number}" / "IMAGES",
+            dicoms.stack(number),
+            series=f"1.2.{number}.1",
+            study=f"1.2.{number}",
+            patient=f"P{number}",
+            scale=lambda index: (1.0, -1024.0),
+        )
+    drawn = _drawn()
+    grid = dicoms.stack().affine
+    _save(tmp_path / "drawn" / "case1.nii.gz", drawn, grid)
+    flip = np.eye(4)
+    flip[1, 1], flip[1, 3] = -1, drawn.shape[1] - 1
+    _save(tmp_path / "drawn" / "case3_seg.nii.gz", drawn[:, ::-1], grid @ flip)
+    return tmp_path
+
+
+def _drawn() -> np.ndarray:
+    return np.random.default_rng(5).integers(0, 3, size=dicoms.SHAPE).astype(np.uint8)
+
+
+def _save(path: Path, array: np.ndarray, affine: np.ndarray) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    imaging.write_label(path, array, imaging.Geometry(dicoms.SHAPE, affine))
+
+
+def test_dicom_series_are_converted_and_labels_laid_on_their_grids(
+    hospital: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    steps: list[tuple[int, int, str]] = []
+    with caplog.at_level(logging.INFO, logger="scantly"):
+        dataset = init(
+            hospital / "ct", hospital / "dicom", hospital / "drawn", progress=lambda *step: steps.append(step)
+        )
+    assert "3 DICOM series were converted to NIfTI" in caplog.text
+    assert steps == [
+        (0, 5, "case1"),
+        (1, 5, "case3"),
+        (2, 5, "case1"),
+        (3, 5, "case2"),
+        (4, 5, "case3"),
+        (5, 5, ""),
+    ]
+    assert dataset.file_ending == ".nii.gz"
+    assert [case.label is not None for case in dataset.train.values()] == [True, False, True]
+    for number in (1, 2, 3):
+        image = dataset.read_image(f"case{number}")
+        volume = dicoms.stack(number)
+        assert np.array_equal(image.array[0], volume.stored - 1024.0)
+        assert np.allclose(image.geometry.affine, volume.affine, atol=1e-4)
+    for name in ("case1", "case3"):
+        assert np.array_equal(dataset.read_label(name).array, _drawn())
+    assert check(hospital / "ct") == []
+
+
+def test_labels_may_lie_among_the_dicom_files(hospital: Path) -> None:
+    for number in (1, 3):
+        _save(hospital / "dicom" / f"case{number}" / "label.nii.gz", _drawn(), dicoms.stack().affine)
+    with pytest.raises(DatasetError, match=r"holds DICOM and other files \(case1/label\.nii\.gz\).*--labels"):
+        init(hospital / "ct", hospital / "dicom")
+    dataset = init(hospital / "ct", hospital / "dicom", hospital / "dicom")
+    assert [case.label is not None for case in dataset.train.values()] == [True, False, True]
+    assert check(hospital / "ct") == []
+
+
+def test_one_folder_of_dicom_is_one_case(hospital: Path) -> None:
+    assert list(init(hospital / "a", hospital / "dicom" / "case1" / "IMAGES").train) == ["IMAGES"]
+    shutil.rmtree(hospital / "dicom" / "case2")
+    shutil.rmtree(hospital / "dicom" / "case3")
+    assert list(init(hospital / "b", hospital / "dicom").train) == ["case1"]
+
+
+def test_a_label_on_another_grid_is_kept_and_told_by_check(hospital: Path) -> None:
+    moved = dicoms.stack().affine
+    moved[0, 3] += 5
+    _save(hospital / "drawn" / "case1.nii.gz", _drawn(), moved)
+    init(hospital / "ct", hospital / "dicom", hospital / "drawn")
+    assert any("case1" in finding.file and "origin" in finding.message for finding in check(hospital / "ct"))
+
+
+def test_a_bad_series_leaves_no_dataset(hospital: Path) -> None:
+    path = hospital / "dicom" / "case2" / "IMAGES" / "IM0002"
+    path.write_bytes(path.read_bytes()[:700])
+    with pytest.raises(ImageError, match=r"case2/IMAGES/IM0002 cannot be read"):
+        init(hospital / "ct", hospital / "dicom")
+    path.unlink()
+    with pytest.raises(ImageError, match=r"case2 .*lacks 1 slice"):
+        init(hospital / "ct", hospital / "dicom")
+    assert sorted(path.name for path in hospital.iterdir()) == ["dicom", "drawn"]
+
+
+def test_dicom_without_a_scan_is_refused(tmp_path: Path) -> None:
+    report = dicoms.bare("1.2.840.10008.5.1.4.1.1.88.11", "1.2.1", "1.2", "P1")
+    dicoms.save(report, tmp_path / "dicom" / "report.dcm")
+    with pytest.raises(DatasetError, match="holds DICOM files but no scan"):
+        init(tmp_path / "d", tmp_path / "dicom")

@@ -13,6 +13,7 @@ from small_datasets import save, split, write_dataset
 
 from scantly.data.dataset import Dataset
 from scantly.data.plan import Plan, make_plan
+from scantly.data.topology import training_bytes
 from scantly.errors import ConfigError, DatasetError
 
 MINIMAL: dict[str, Any] = {
@@ -67,8 +68,9 @@ def test_target_spacing_is_the_median_of_the_training_cases_only(tmp_path: Path)
     plan = make_plan(dataset, split(["a"], ["b", "c"], val=["v"]))
     assert plan.spacing == (2, 1, 1)
     assert plan.fingerprint["cases"] == 3
-    # extents 20, 40, 80 mm along z over the median of 2 mm: 10, 20, 40 voxels; sides to multiples of 16
-    assert plan.patch_size[0] == 16
+    # extents 20, 40, 80 mm along z over the median of 2 mm: 10, 20, 40 voxels; z is halved once less than the
+    # finer axes, so its side becomes a multiple of 8
+    assert plan.patch_size[0] == 24
 
 
 def test_flat_pictures_are_planned_in_2d_and_3d_is_refused(tmp_path: Path) -> None:
@@ -211,7 +213,7 @@ def test_patch_and_batch_fit_the_memory(tmp_path: Path) -> None:
         plan = make_plan(dataset, split(["a"], ["b"]), memory_gb=memory)
         rows = plan.labeled_batch_size + plan.unlabeled_batch_size
         voxels.append(rows * math.prod(plan.patch_size))
-        assert voxels[-1] * 1320 <= memory * 1e9 / 2
+        assert voxels[-1] * training_bytes("vnet", 3) <= memory * 1e9 / 2
         assert all(side % 16 == 0 for side in plan.patch_size)
     assert voxels == sorted(voxels)
     assert plan.patch_size == (64, 80, 96)  # never larger than the images
@@ -258,3 +260,95 @@ def test_label_on_another_grid_is_named(tmp_path: Path) -> None:
     save(tmp_path / "labelsTr" / "a.nii.gz", np.zeros((20, 12, 11), dtype=np.uint8), np.diag([-1, -1, 1, 1.0]))
     with pytest.raises(DatasetError, match=r"a\.nii\.gz.*shape"):
         make_plan(dataset, split(["a", "b"], ["c"]))
+
+
+def test_ten_millimeter_slices_are_planned_flat_and_the_reasons_say_why(tmp_path: Path) -> None:
+    few = make_plan(dataset_of(tmp_path / "few", (9, 24, 32), (10, 1.4, 1.4)), split(["a"]))
+    assert few.spatial_dims == 2
+    assert "7.1 times longer than wide (above 3) and there are 9 slices" in few.reasons["spatial_dims"]
+
+    many = make_plan(dataset_of(tmp_path / "many", (42, 64, 80), (10, 1.4, 1.4)), split(["a"]))
+    assert many.spatial_dims == 3
+    assert "42 slices" in many.reasons["spatial_dims"]
+    assert many.patch_size == (44, 64, 80)  # the nearest multiples of 4 (16 halved twice less) and 16
+    assert "multiples of 4 x 16 x 16" in many.reasons["patch_size"]
+    assert many.kernel_sizes == ((1, 3, 3), (1, 3, 3), (3, 3, 3), (3, 3, 3), (3, 3, 3))
+    assert many.strides == ((1, 1, 1), (1, 2, 2), (1, 2, 2), (2, 2, 2), (2, 2, 2))
+    reason = many.reasons["kernel_sizes"]
+    assert "7.1 times longer than wide (2 or more)" in reason
+    assert "on 2 of 5 levels" in reason
+    assert "dynunet" in reason
+    assert "44 x 64 x 80 becomes 11 x 4 x 5" in many.reasons["strides"]
+
+
+def test_isotropic_volumes_have_kernels_of_three(tmp_path: Path) -> None:
+    plan = make_plan(dataset_of(tmp_path, (80, 112, 112), (0.6, 0.6, 0.6)), split(["a"]), memory_gb=12)
+    assert plan.patch_size == (80, 112, 112)
+    assert plan.kernel_sizes == ((3, 3, 3),) * 5
+    assert plan.strides == ((1, 1, 1), *[(2, 2, 2)] * 4)
+    assert "1.0 times longer than wide (flat kernels: 2 or more), so" in plan.reasons["kernel_sizes"]
+    assert "network.name auto is vnet" in plan.reasons["kernel_sizes"]
+    resized = make_plan(dataset_of(tmp_path / "b", (32, 32, 32), (9, 1, 1)), split(["a"]), overrides={"size": [32] * 3})
+    assert "size is not known" in resized.reasons["kernel_sizes"]
+
+
+def test_a_named_network_gets_a_patch_that_it_can_halve_four_times(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, (42, 64, 80), (10, 1.4, 1.4))
+    assert make_plan(dataset, split(["a"]), network="vnet").patch_size == (48, 64, 80)
+    assert make_plan(dataset, split(["a"]), network="dynunet").patch_size == (44, 64, 80)
+
+
+def test_memory_is_that_of_the_network(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, (160, 160, 160), (1, 1, 1))
+    sizes = {
+        name: math.prod(make_plan(dataset, split(["a"]), network=name, memory_gb=8).patch_size)
+        for name in ("auto", "vnet", "unet", "dynunet")
+    }
+    assert sizes["auto"] == sizes["vnet"] > sizes["unet"] > sizes["dynunet"]
+
+
+@pytest.mark.parametrize("patch", [[32, 64, 64], [80, 112, 112], [96, 96, 96]])
+def test_patches_of_the_literature_are_taken(tmp_path: Path, patch: list[int]) -> None:
+    dataset = dataset_of(tmp_path, (48, 64, 64), (1, 1, 1))
+    plan = make_plan(dataset, split(["a"]), overrides={"patch_size": patch})
+    assert list(plan.patch_size) == patch
+    assert plan.reasons["patch_size"] == "set by the recipe or the user"
+    assert plan.strides is not None
+
+
+def test_a_patch_that_does_not_fit_flat_kernels_is_refused_with_the_cure(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, (40, 64, 64), (5, 0.8, 0.8))
+    assert make_plan(dataset, split(["a"]), overrides={"patch_size": [20, 64, 64]}).patch_size == (20, 64, 64)
+    with pytest.raises(
+        ConfigError, match=r"patch_size' .*side 22 is not divisible by 4, .* halve z 2 times; use 20 or 24"
+    ):
+        make_plan(dataset, split(["a"]), overrides={"patch_size": [22, 64, 64]})
+    with pytest.raises(ConfigError, match=r"side 100 is not divisible by 16, .* use 96 or 112"):
+        make_plan(dataset, split(["a"]), overrides={"patch_size": [20, 100, 64]})
+
+
+def test_topology_that_is_given_stays_and_is_checked(tmp_path: Path) -> None:
+    dataset = dataset_of(tmp_path, (40, 64, 64), (5, 0.8, 0.8))
+    given = {"kernel_sizes": [[1, 3, 3], [3, 3, 3]], "strides": [[1, 1, 1], [1, 4, 4]], "patch_size": [7, 20, 20]}
+    plan = make_plan(dataset, split(["a"]), overrides=given)
+    assert plan.strides == ((1, 1, 1), (1, 4, 4))
+    assert plan.reasons["strides"] == "set by the recipe or the user"
+    with pytest.raises(ConfigError, match=r"level \[1, 1\] is not one positive number per axis; give 3"):
+        make_plan(dataset, split(["a"]), overrides=given | {"strides": [[1, 1], [2, 2]]})
+    unset = make_plan(dataset, split(["a"]), overrides={"kernel_sizes": None, "strides": None})
+    assert unset.kernel_sizes == make_plan(dataset, split(["a"])).kernel_sizes
+
+
+def test_a_plan_from_before_topologies_is_read() -> None:
+    plan = Plan.model_validate(MINIMAL)
+    assert plan.kernel_sizes is None
+    assert plan.strides is None
+
+
+def test_a_single_slice_among_volumes_is_named(tmp_path: Path) -> None:
+    cases = {"a": blank(20, 24, 32), "b": blank(1, 24, 32), "c": blank(20, 24, 32)}
+    dataset = write_dataset(tmp_path, cases, spacing=(1, 1, 1))
+    with pytest.raises(DatasetError, match=r"case b is a single slice \(1 x 24 x 32 voxels\) .* --dims 2"):
+        make_plan(dataset, split(["a"], ["b", "c"]))
+    assert make_plan(dataset, split(["a"], ["b", "c"]), dims=2).spatial_dims == 2
+    assert make_plan(dataset, split(["a"], ["c"], val=["b"])).spatial_dims == 3

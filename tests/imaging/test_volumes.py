@@ -108,10 +108,11 @@ def test_a_failed_write_leaves_the_earlier_file(tmp_path: Path, monkeypatch: pyt
     imaging.write_label(path, ARRAY, geometry)
     before = path.read_bytes()
 
-    def full(self: Path, content: bytes) -> int:
+    def full(path: Path, *_: object) -> None:
+        path.write_bytes(b"half of")
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full)
+    monkeypatch.setattr("scantly.imaging.nifti.write", full)
     with pytest.raises(RunError, match=r"a\.nii: No space left"):
         imaging.write_label(path, ARRAY + 1, geometry)
     assert path.read_bytes() == before

@@ -1,11 +1,23 @@
+import os
+import shutil
+from dataclasses import replace
+
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
 
-from scantly.errors import ImageError
+from scantly.data.plan import Plan
+from scantly.errors import ConfigError, DeviceError, ImageError
 from scantly.imaging import read_image, read_label
 from scantly.inference.inputs import find_inputs
-from scantly.inference.predict import Predictor, predict
+from scantly.inference.model import load_model, save_model
+from scantly.inference.original import largest_components
+from scantly.inference.predict import Predictor, predict, predict_folder
+from scantly.inference.settings import InferenceSettings
+from scantly.inference.windows import entropy
+from scantly.methods.base import Task
+from scantly.methods.supervised import Supervised
 from scantly.training.resolve import resolve
 from scantly.training.train import train_config
 
@@ -116,3 +128,206 @@ def test_numbered_scans_of_a_one_channel_model_keep_their_numbers(tmp_path):
     for name in ("scan_0001.nii.gz", "scan_0002.nii.gz", "other_0000.nii.gz"):
         (tmp_path / name).touch()
     assert sorted(find_inputs([tmp_path], channels=1)) == ["other", "scan_0001", "scan_0002"]
+
+
+def scans_of(cohort, folder):
+    """Three scans in a folder: the two test cases and a copy."""
+    folder.mkdir()
+    sources = sorted((cohort / "imagesTs").glob("*.nii.gz"))
+    for name, source in zip(("a", "b", "c"), (*sources, sources[0]), strict=True):
+        (folder / f"{name}_0000.nii.gz").write_bytes(source.read_bytes())
+    return folder
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Names of the scans that were really predicted."""
+    seen = []
+    original = Predictor.predict
+
+    def spy(self, images, **options):
+        seen.append(images[0].name[0])
+        return original(self, images, **options)
+
+    monkeypatch.setattr(Predictor, "predict", spy)
+    return seen
+
+
+def test_an_interrupted_prediction_goes_on_where_it_was(trained, cohort, tmp_path, passes):
+    scans, out = scans_of(cohort, tmp_path / "scans"), tmp_path / "out"
+
+    def stop(done, total, case):
+        if case == "c":
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(trained.folder, [scans], out, progress=stop)
+    assert sorted(path.name for path in out.iterdir()) == [".scantly-predictions.json", "a.nii.gz", "b.nii.gz"]
+    before = {name: (out / name).stat().st_mtime_ns for name in ("a.nii.gz", "b.nii.gz")}
+    outcome = predict_folder(trained.folder, [scans], out)
+    assert passes == ["a", "b", "c"]
+    assert (outcome.files, outcome.present) == ([out / f"{name}.nii.gz" for name in "abc"], 2)
+    assert {name: (out / name).stat().st_mtime_ns for name in before} == before
+    assert sorted(path.name for path in out.iterdir()) == ["a.nii.gz", "b.nii.gz", "c.nii.gz"]
+    predict(trained.folder, [scans], out)  # complete: the same command makes all of them again
+    assert passes == [*"abc", *"abc"]
+
+
+@pytest.mark.parametrize("change", ["scan", "missing", "settings", "precision", "uncertainty", "model"])
+def test_what_has_changed_meanwhile_is_predicted_again(trained, cohort, tmp_path, passes, change):
+    scans, out, model = scans_of(cohort, tmp_path / "scans"), tmp_path / "out", tmp_path / "model.safetensors"
+    shutil.copy(trained.model_path, model)
+    (scans / "c_0000.nii.gz").write_bytes(b"no scan")
+    with pytest.raises(ImageError, match="1 of 3 scans cannot be predicted"):
+        predict(model, [scans], out)
+    shutil.copy(scans / "a_0000.nii.gz", scans / "c_0000.nii.gz")
+    passes.clear()
+    options = {}
+    if change == "scan":
+        os.utime(scans / "a_0000.nii.gz", ns=(1, 1))
+    elif change == "missing":
+        (out / "a.nii.gz").unlink()
+    elif change == "settings":
+        options = {"inference": {"flips": True}}
+    elif change == "precision":
+        options = {"precision": "bf16"}
+    elif change == "uncertainty":
+        options = {"uncertainty": True}
+    else:
+        loaded = load_model(model)
+        weights = {name: 0.5 * tensor for name, tensor in loaded.network.state_dict().items()}
+        save_model(
+            model,
+            weights,
+            task=loaded.task,
+            plan=loaded.plan,
+            method=loaded.method,
+            configuration=loaded.configuration,
+        )
+    predict(model, [scans], out, **options)
+    assert passes == (["a", "c"] if change in {"scan", "missing"} else ["a", "b", "c"])
+
+
+def test_a_bad_scan_does_not_keep_the_others_from_being_predicted(trained, cohort, tmp_path, passes):
+    scans, out = scans_of(cohort, tmp_path / "scans"), tmp_path / "out"
+    for name in "ab":
+        (scans / f"{name}_0000.nii.gz").write_bytes(b"no scan")
+    with pytest.raises(ImageError, match="2 of 3 scans cannot be predicted, the others are in ") as caught:
+        predict(trained.folder, [scans], out)
+    first, *others = str(caught.value).splitlines()
+    assert "give the same command again" in first
+    assert [str(scans / f"{name}_0000.nii.gz") in line for name, line in zip("ab", others, strict=True)] == [True] * 2
+    assert (out / "c.nii.gz").is_file()
+
+
+def test_a_damaged_journal_is_named(trained, cohort, tmp_path):
+    (tmp_path / ".scantly-predictions.json").write_text("[]")
+    with pytest.raises(ConfigError, match=r"\.scantly-predictions\.json does not list predictions; remove it"):
+        predict(trained.folder, [next((cohort / "imagesTs").glob("*.nii.gz"))], tmp_path)
+
+
+def test_probabilities_lie_on_the_scans_grid_and_agree_with_labels_and_uncertainty(trained, cohort, tmp_path):
+    source = sorted((cohort / "imagesTs").glob("*.nii.gz"))[0]
+    (label,) = predict(
+        trained.folder, [source], tmp_path, uncertainty=True, probabilities=True, inference={"flips": True}
+    )
+    image, labels = nib.load(source), nib.load(label)
+    case = label.name.removesuffix(".nii.gz")
+    written = nib.load(tmp_path / f"{case}_probabilities.nii.gz")
+    assert written.shape == (*image.shape, 4)
+    assert written.get_data_dtype() == np.float32
+    assert np.array_equal(written.affine, image.affine)
+    probs = np.asarray(written.dataobj)
+    np.testing.assert_allclose(probs.sum(-1), 1, atol=1e-5)
+    np.testing.assert_array_equal(probs.argmax(-1), np.asarray(labels.dataobj))
+    spread = np.asarray(nib.load(tmp_path / f"{case}_uncertainty.nii.gz").dataobj)
+    by_hand = -(probs * np.log(np.clip(probs, 1e-12, 1))).sum(-1) / np.log(4)
+    np.testing.assert_allclose(spread, by_hand, atol=1e-5)
+    plain = predict(trained.folder, [source], tmp_path / "plain")
+    assert not np.array_equal(nib.load(plain[0]).get_fdata(), labels.get_fdata()) or spread.max() > 0
+
+
+def test_probabilities_of_a_picture_are_nifti(trained, cohort, tmp_path):
+    from PIL import Image
+
+    plane = read_image([next((cohort / "imagesTs").glob("*.nii.gz"))]).array[0, 2]
+    Image.fromarray((255 * (plane - plane.min()) / np.ptp(plane)).astype(np.uint8)).save(tmp_path / "slice.png")
+    predict(trained.folder, [tmp_path / "slice.png"], tmp_path / "out", probabilities=True)
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["slice.png", "slice_probabilities.nii.gz"]
+    assert nib.load(tmp_path / "out" / "slice_probabilities.nii.gz").shape == (*plane.T.shape, 1, 4)
+
+
+def test_settings_of_the_model_hold_unless_others_are_asked_for(trained):
+    model = load_model(trained.model_path)
+    kept = replace(model, inference=InferenceSettings(flips=True, largest_component=True))
+    assert Predictor(kept, device="cpu").settings == kept.inference
+    assert Predictor(kept, device="cpu", inference={"flips": False}).settings.flips is False
+    with pytest.raises(ConfigError, match="unknown precision '16'"):
+        Predictor(model, device="cpu", precision="16")
+    with pytest.raises(ConfigError, match="stride is 4 x 8 x 8, but the model is 2D"):
+        Predictor(model, device="cpu", inference={"stride": [4, 8, 8]})
+
+
+def test_largest_component_and_bf16_change_what_they_say(trained, cohort):
+    source = sorted((cohort / "imagesTs").glob("*.nii.gz"))[0]
+    plain = Predictor.load(trained.folder, device="cpu").predict([source]).labels
+    chosen = (
+        Predictor.load(trained.folder, device="cpu", inference={"largest_component": True}).predict([source]).labels
+    )
+    np.testing.assert_array_equal(chosen, largest_components(plain))
+    half = Predictor.load(trained.folder, device="cpu", precision="bf16").predict([source], probabilities=True)
+    whole = Predictor.load(trained.folder, device="cpu").predict([source], probabilities=True)
+    difference = np.abs(half.probabilities - whole.probabilities)
+    assert 0 < difference.max() < 0.2
+    assert (half.labels == whole.labels).mean() > 0.98
+
+
+def test_too_little_memory_ends_in_a_sentence(trained, cohort, monkeypatch):
+    source = next((cohort / "imagesTs").glob("*.nii.gz"))
+    predictor = Predictor.load(trained.folder, device="cpu")
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr("scantly.inference.predict.label_on_original_grid", fail)
+    with pytest.raises(DeviceError, match=r"needs about .* on the scan's own grid"):
+        predictor.predict([source])
+    monkeypatch.setattr(predictor.model.network, "forward", fail)
+    with pytest.raises(
+        DeviceError, match=r"for \d x windows of 32 x 32 \(y, x\) voxels; a batch of \d may fit: --batch"
+    ):
+        predictor.predict([source])
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+@pytest.mark.parametrize("values", [{}, {"window": "whole"}, {"window": "uniform", "stride": [4, 8, 8]}])
+def test_volumes_by_windows_and_in_one_pass(tmp_path, values, precision):
+    torch.manual_seed(0)
+    task = Task(1, ("background", "a"), 3, (16, 16, 16), "vnet", {"widths": [4, 8], "blocks": [1, 1]})
+    plan = Plan(
+        spatial_dims=3,
+        spacing=(1, 1, 1),
+        normalization=[{"scheme": "zscore"}],
+        patch_size=(16, 16, 16),
+        labeled_batch_size=1,
+        unlabeled_batch_size=1,
+    )
+    method = Supervised(task, Supervised.Config())
+    save_model(
+        tmp_path / "model.safetensors",
+        method.predictor.state_dict(),
+        task=task,
+        plan=plan,
+        method="supervised",
+        configuration={},
+    )
+    scan = np.random.default_rng(0).normal(size=(15, 24, 9))
+    nib.save(nib.Nifti1Image(scan, np.diag([-1.0, 1.2, 2.0, 1])), tmp_path / "scan.nii.gz")
+    predictor = Predictor.load(tmp_path, device="cpu", precision=precision, inference=values)
+    prediction = predictor.predict([tmp_path / "scan.nii.gz"], uncertainty=True, probabilities=True)
+    assert prediction.labels.shape == (9, 24, 15)
+    assert prediction.probabilities.shape == (2, 9, 24, 15)
+    np.testing.assert_allclose(prediction.probabilities.sum(0), 1, atol=1e-5)
+    assert prediction.probabilities.dtype == np.float32
+    np.testing.assert_array_equal(prediction.labels, prediction.probabilities.argmax(0))
+    np.testing.assert_allclose(prediction.uncertainty, entropy(prediction.probabilities), atol=1e-6)

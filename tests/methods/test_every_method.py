@@ -108,6 +108,24 @@ def test_saved_and_loaded_in_the_middle_it_goes_on_the_same(name, dims):
         assert torch.equal(other.state_dict()[key], value), key
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("network", ["unet3d", "vnet", "dynunet"])
+@pytest.mark.parametrize("name", METHODS)
+def test_it_trains_every_network_of_ours(name, network, dims):
+    topology = {"kernel_sizes": [[1] + [3] * (dims - 1), [3] * dims], "strides": [[1] * dims, [2] * dims]}
+    arguments = {"widths": [8, 16], **(topology if network == "dynunet" else {})}
+    torch.manual_seed(0)
+    method_class = catalogue.load(name)
+    task = Task(1, ("background", "box"), dims, (16,) * dims, network, arguments)
+    method = method_class(task, method_class.Config()).train()
+    handles = TrainingHandles(method, Stage(), TrainingSection(lr=0.05), STEPS)
+    sums = run(method, dims, "cpu", False, range(10), handles)
+    assert all(torch.isfinite(torch.tensor(sums)))
+    assert sums[-1] < sums[0]
+    with torch.no_grad():
+        assert method.predictor.eval()(make_batch(dims, "cpu").labeled).shape == (2, 2, *(16,) * dims)
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_the_predictor_stands_alone(name):
     """Its weights, loaded into a fresh method's predictor, give the same logits."""

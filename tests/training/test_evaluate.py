@@ -3,9 +3,16 @@ import shutil
 import nibabel as nib
 import numpy as np
 import pytest
+import torch
+from torch import nn
 
+from scantly.data.plan import Plan
 from scantly.errors import ImageError, RunError
-from scantly.training.evaluate import evaluate_folders
+from scantly.inference.model import load_model
+from scantly.inference.settings import InferenceSettings
+from scantly.inference.windows import predict_array
+from scantly.training import stages, validation
+from scantly.training.evaluate import evaluate_folders, evaluate_run
 from scantly.training.resolve import resolve
 from scantly.training.train import train_config
 
@@ -66,3 +73,75 @@ def test_unknown_or_unevaluated_splits(run):
         run.evaluate("train")
     with pytest.raises(RunError, match="scantly evaluate"):
         run.summary("val")
+
+
+def test_the_runs_inference_settings_hold_in_validation_and_in_its_model(cohort, tmp_path, monkeypatch):
+    used = []
+
+    def spy(network, array, *, settings, **options):
+        used.append(settings)
+        return predict_array(network, array, settings=settings, **options)
+
+    monkeypatch.setattr(validation, "predict_array", spy)
+    sets = {
+        "plan": {"size": [32, 32], "spatial_dims": 2, "labeled_batch_size": 2},
+        "network": {"arguments": {"widths": [4, 8], "dropout": [0, 0]}},
+        "training": {"steps": 2, "device": "cpu"},
+        "data": {"store": str(tmp_path / "store")},
+        "evaluation": {"inference": {"flips": True, "largest_component": True, "batch": 3}},
+    }
+    trained = train_config(resolve(cohort, flags={"method": "supervised"}, sets=sets), tmp_path / "run", quiet=True)
+    assert used
+    assert all((asked.flips, asked.largest_component, asked.batch) == (True, True, 3) for asked in used)
+    kept = load_model(trained.model_path).inference
+    assert (kept.flips, kept.largest_component, kept.batch) == (True, True, None)
+    trained.evaluate()
+    assert trained.summary("test")["inference"] == {**kept.to_dict(), "precision": "32"}
+    evaluate_run(trained, precision="bf16", inference={"flips": False})
+    told = trained.summary("test")["inference"]
+    assert (told["flips"], told["largest_component"], told["precision"]) == (False, True, "bf16")
+
+
+def test_relabeling_uses_the_runs_windows_but_keeps_all_components(tmp_path, monkeypatch):
+    class FakeStore:
+        def read_image(self, case, index):
+            return np.zeros((1, 2, 4, 4), np.float32)
+
+    probs = np.zeros((2, 2, 4, 4), np.float32)
+    probs[0] = 0.5
+    probs[1, 0, 0, 0] = probs[1, 1, 3, 2:] = 0.9
+    asked = InferenceSettings(stride=(2, 2), largest_component=True)
+    used = []
+
+    def fake(*_, settings, **__):
+        used.append(settings)
+        return probs
+
+    monkeypatch.setattr(stages, "predict_array", fake)
+    plan = Plan(
+        spatial_dims=2,
+        normalization=[{"scheme": "none"}],
+        patch_size=(4, 4),
+        labeled_batch_size=1,
+        unlabeled_batch_size=1,
+    )
+    written = stages.relabel(
+        nn.Identity(),
+        ["a"],
+        store=FakeStore(),
+        plan=plan,
+        device=torch.device("cpu"),
+        folder=tmp_path,
+        inference=asked,
+    )
+    assert used == [asked]
+    np.testing.assert_array_equal(written.read("a", (slice(None),) * 3), probs.argmax(0))
+
+
+def test_probability_files_are_no_label_maps(cohort, tmp_path):
+    predictions = tmp_path / "predictions"
+    shutil.copytree(cohort / "labelsTs", predictions)
+    first = sorted(predictions.iterdir())[0]
+    shutil.copy(first, predictions / first.name.replace(".nii.gz", "_probabilities.nii.gz"))
+    table, _ = evaluate_folders(predictions, cohort / "labelsTs", classes=("background", "RV", "MYO", "LV"))
+    assert len(table) == 2 * 3

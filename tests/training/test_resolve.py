@@ -116,3 +116,62 @@ def test_unknown_recipe():
 
 def test_plan_needs_no_method(cohort):
     assert plan(cohort, recipe="demo").patch_size == (64, 64)
+
+
+VOLUMES = {"spatial_dims": 3, "spacing": [5, 5, 5], "patch_size": [16, 32, 32]}
+
+
+@pytest.mark.parametrize(
+    ("plan_section", "name"),
+    [
+        ({"spatial_dims": 2}, "unet"),
+        (VOLUMES, "vnet"),
+        (VOLUMES | {"spacing": [10, 2, 2], "patch_size": [4, 32, 32]}, "dynunet"),
+    ],
+)
+def test_the_automatic_network_is_named_in_the_configuration(cohort, plan_section, name):
+    config = resolve(cohort, flags={"method": "supervised"}, sets={"plan": plan_section})
+    assert config.network.name == name
+    if name == "dynunet":
+        assert config.network.arguments["strides"] == [list(level) for level in config.plan.strides]
+        assert config.network.arguments["kernel_sizes"] == [list(level) for level in config.plan.kernel_sizes]
+        assert 1 in config.plan.kernel_sizes[0]
+        again = resolve(cohort, flags={"method": "supervised"}, sets={"plan": plan_section, "network": {"name": name}})
+        assert again.network == config.network
+    else:
+        assert config.network.arguments == {}
+
+
+def test_a_named_network_is_kept_and_takes_what_the_user_sets(cohort):
+    flags = {"method": "supervised"}
+    assert resolve(cohort, flags=flags, sets={"plan": VOLUMES, "network": {"name": "unet"}}).network.name == "unet"
+    arguments = {"deep_supervision": True, "widths": [4, 8, 16, 16]}
+    config = resolve(
+        cohort, flags=flags, sets={"plan": VOLUMES, "network": {"name": "dynunet", "arguments": arguments}}
+    )
+    assert config.network.arguments["widths"] == [4, 8, 16, 16]
+    assert config.network.arguments["deep_supervision"] is True
+    assert len(config.network.arguments["strides"]) == 4
+
+
+@pytest.mark.parametrize(
+    ("size", "sets", "message"),
+    [
+        ([64, 64, 30], {}, r"side 30 is not divisible by 16.*use 16 or 32"),
+        ([64, 64, 8], {}, r"8 x 64 x 64 does not fit network vnet, .* 16 x 16 x 16; use --size 64 64 16"),
+        ([48, 64, 32], {"network": {"name": "vnet", "arguments": {"widths": [2] * 6}}}, r"--size 64 64 32"),
+        ([64, 64, 32], {"network": {"arguments": {"width": 3}}}, "did you mean 'widths'"),
+    ],
+)
+def test_a_size_that_the_network_cannot_halve_is_refused_with_one_that_fits(cohort, size, sets, message):
+    plan_section = {"spatial_dims": 3, "spacing": [5, 5, 5]}
+    with pytest.raises(ConfigError, match=message):
+        resolve(cohort, flags={"method": "supervised", "size": size}, sets={"plan": plan_section, **sets})
+
+
+@pytest.mark.parametrize("size", [[64, 64, 32], [112, 112, 80]])
+def test_sizes_of_the_literature_resolve(cohort, size):
+    config = resolve(
+        cohort, flags={"method": "supervised", "size": size}, sets={"plan": {"spatial_dims": 3, "spacing": [5, 5, 5]}}
+    )
+    assert list(config.plan.patch_size) == [size[2], size[0], size[1]]

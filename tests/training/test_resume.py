@@ -65,6 +65,13 @@ def run_process(config: Any, out: Path, *, kill_at: int | None = None, kill_in_s
     return process.exitcode
 
 
+#: Volumes by the V-Net: patches smaller than the cases, and dropout of whole channels.
+VOLUMES: dict[str, Any] = {
+    "plan": {"spatial_dims": 3, "spacing": [10, 5, 5], "size": None, "patch_size": [16, 16, 16]},
+    "network": {"name": "vnet", "arguments": {"widths": [4, 8], "blocks": [1, 1], "dropout": 0.5}},
+}
+
+
 def configuration(cohort: Path, tiny: dict[str, Any], method: str, workers: int, store: Path) -> Any:
     return resolve(
         cohort,
@@ -73,10 +80,12 @@ def configuration(cohort: Path, tiny: dict[str, Any], method: str, workers: int,
     )
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize(("dims", "workers"), [(2, 0), (2, 2), (3, 0), (3, 2)], ids=str)
 @pytest.mark.parametrize("method", ["supervised", "mean_teacher"])
-def test_killed_anywhere_and_resumed_is_bit_identical(cohort, tiny, tmp_path, method, workers):
+def test_killed_anywhere_and_resumed_is_bit_identical(cohort, tiny, tmp_path, method, dims, workers):
     store = tmp_path / "store"
+    if dims == 3:
+        tiny = merge(tiny, VOLUMES)
     config = configuration(cohort, tiny, method, workers, store)
     undisturbed = tmp_path / "undisturbed"
     assert run_process(config, undisturbed) == 0

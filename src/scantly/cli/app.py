@@ -101,6 +101,7 @@ for _command, _epilog in (
         examples(
             "scantly predict runs/mean-teacher scan.nii.gz --out predictions",
             "scantly predict runs/mean-teacher scans/ --out predictions --uncertainty",
+            "scantly predict runs/mean-teacher scans/ --out predictions --window whole --precision bf16",
         ),
     ),
     (

@@ -9,6 +9,8 @@ from scantly.errors import ConfigError
 
 __all__ = ["examples", "join_values", "parse_labeled", "parse_size", "take_debug"]
 
+_NUMBERS = ("--size", "--stride")
+
 
 def take_debug(words: Sequence[str]) -> tuple[list[str], bool]:
     """Remove ``--debug``, wherever it stands before a ``--``.
@@ -24,8 +26,8 @@ def take_debug(words: Sequence[str]) -> tuple[list[str], bool]:
 def join_values(words: Sequence[str]) -> list[str]:
     """Give options with several values the form that the parser knows.
 
-    ``--size`` takes the whole numbers that follow, ``--set`` the words that contain ``=`` and do not begin
-    with ``-``. Nothing behind ``--`` is touched.
+    ``--size`` and ``--stride`` take the whole numbers that follow, ``--set`` the words that contain ``=`` and do
+    not begin with ``-``. Nothing behind ``--`` is touched.
 
     Example:
         >>> join_values(["--size", "64", "64", "32", "--set", "a=1", "b=2", "--resume"])
@@ -38,15 +40,15 @@ def join_values(words: Sequence[str]) -> list[str]:
         if word == "--":
             return [*joined, word, *rest]
         option, equals, first = word.partition("=")
-        if option not in {"--size", "--set"}:
+        if option not in {*_NUMBERS, "--set"}:
             joined.append(word)
             continue
-        belongs = str.isdecimal if option == "--size" else _is_assignment
+        belongs = str.isdecimal if option in _NUMBERS else _is_assignment
         values = [*([first] if equals else []), *takewhile(belongs, rest)]
         del rest[: len(values) - bool(equals)]
         if not values:
             joined.append(option)  # the parser takes the next word, and says what is wrong with it
-        elif option == "--size":
+        elif option in _NUMBERS:
             joined += [option, " ".join(values)]
         else:
             joined += [part for value in values for part in (option, value)]
@@ -57,7 +59,7 @@ def _is_assignment(word: str) -> bool:
     return "=" in word and not word.startswith("-")
 
 
-def parse_size(text: str | None) -> list[int] | None:
+def parse_size(text: str | None, option: str = "--size") -> list[int] | None:
     """``"64 64 32"`` as numbers.
 
     Raises:
@@ -67,7 +69,7 @@ def parse_size(text: str | None) -> list[int] | None:
         return None
     parts = text.split()
     if len(parts) not in {2, 3} or not all(part.isdecimal() and int(part) for part in parts):
-        raise ConfigError(f"--size takes H W or H W D in voxels, for instance 256 256; got '{text}'.")
+        raise ConfigError(f"{option} takes H W or H W D in voxels, for instance 256 256; got '{text}'.")
     return [int(part) for part in parts]
 
 

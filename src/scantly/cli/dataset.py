@@ -20,7 +20,9 @@ _HAS_ERRORS = 2
 
 def init(
     dataset: Annotated[Path, typer.Argument(metavar="DATASET", help="Dataset folder to make.")],
-    images: Annotated[Path, typer.Option("--images", metavar="DIR", help="Folder of scans.")],
+    images: Annotated[
+        Path, typer.Option("--images", metavar="DIR", help="Folder of scans, or of one folder of DICOM files per case.")
+    ],
     labels: Annotated[
         Path | None,
         typer.Option("--labels", metavar="DIR", help="Folder of label maps, matched by name; may be fewer."),
@@ -32,12 +34,13 @@ def init(
 ) -> None:
     """Bare folders of scans and labels -> dataset folder.
 
-    The new folder is checked at once. Scans without a label map become the unlabeled pool. Channel and
-    class names are written down for you to edit.
+    DICOM series are converted to NIfTI. The new folder is checked at once. Scans without a label map become the
+    unlabeled pool. Channel and class names are written down for you to edit.
     """
     from scantly.data.create import init as make_dataset
 
-    made = make_dataset(dataset, images, labels, link=not copy)
+    with progress("reading") as report:
+        made = make_dataset(dataset, images, labels, link=not copy, progress=report)
     unlabeled = sum(case.label is None for case in made.train.values())
     say(f"{dataset}: {_cases(len(made.train) - unlabeled)} with label, {unlabeled} without")
     say(f"channels: {', '.join(made.channels)}")

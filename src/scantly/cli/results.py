@@ -9,6 +9,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from scantly.cli.inference_options import (
+    Batch,
+    Flips,
+    LargestComponent,
+    Overlap,
+    Precision,
+    Size,
+    Stride,
+    Window,
+    overrides,
+)
 from scantly.cli.output import progress, say, say_json, say_table, say_wrapped
 
 if TYPE_CHECKING:
@@ -23,12 +34,31 @@ _SHOWN = ("dice", "jaccard", "hd95_voxels", "asd_voxels", "hd95_mm", "asd_mm")
 
 def predict(
     run: Annotated[Path, typer.Argument(metavar="RUN", help="Run folder, or a model.safetensors.")],
-    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Scans, or folders of scans.")],
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT", help="Scans, folders of scans or DICOM series.")],
+    *,
     out: Annotated[Path, typer.Option("--out", metavar="DIR", help="Folder for the label maps.")],
     uncertainty: Annotated[
         bool,
         typer.Option("--uncertainty", help="Also write <case>_uncertainty: entropy from 0 (certain) to 1."),
     ] = False,
+    probabilities: Annotated[
+        bool,
+        typer.Option("--probabilities", help="Also write <case>_probabilities.nii.gz, axes (x, y, z, class)."),
+    ] = False,
+    series: Annotated[
+        str | None, typer.Option("--series", metavar="UID", help="DICOM series, where a folder holds several.")
+    ] = None,
+    dicom_seg: Annotated[
+        bool, typer.Option("--dicom-seg", help="Also write <case>.dcm: DICOM-SEG that refers to the series.")
+    ] = False,
+    window: Window = None,
+    overlap: Overlap = None,
+    stride: Stride = None,
+    size: Size = None,
+    flips: Flips = None,
+    largest_component: LargestComponent = None,
+    batch: Batch = None,
+    precision: Precision = None,
     device: Annotated[
         str, typer.Option("--device", metavar="auto|cpu|cuda", help="auto: a GPU where there is one.")
     ] = "auto",
@@ -36,12 +66,37 @@ def predict(
     """Segment scans.
 
     The label maps have exactly the geometry and the file type of their inputs (.h5 has neither: .nii.gz).
+    After an interruption the same command goes on with the scans that are missing.
     """
-    from scantly.inference.predict import predict as predict_files
+    from scantly.inference.predict import predict_folder
 
+    settings = overrides(
+        window=window,
+        overlap=overlap,
+        stride=stride,
+        size=size,
+        flips=flips,
+        largest_component=largest_component,
+        batch=batch,
+    )
     with progress("predicting") as report:
-        written = predict_files(run, inputs, out, uncertainty=uncertainty, device=device, progress=report)
-    say(f"{len(written)} label map{'' if len(written) == 1 else 's'} written to {out}")
+        outcome = predict_folder(
+            run,
+            inputs,
+            out,
+            uncertainty=uncertainty,
+            probabilities=probabilities,
+            series=series,
+            dicom_seg=dicom_seg,
+            device=device,
+            precision=precision or "32",
+            inference=settings,
+            progress=report,
+        )
+    count = len(outcome.files) - outcome.present
+    verb = "was" if outcome.present == 1 else "were"
+    before = f"; {outcome.present} of an interrupted prediction {verb} already there" if outcome.present else ""
+    say(f"{count} label map{'' if count == 1 else 's'} written to {out}{before}")
 
 
 def evaluate(
@@ -57,6 +112,14 @@ def evaluate(
     labels: Annotated[
         Path | None, typer.Option("--labels", metavar="DIR", help="Reference label maps of the same names.")
     ] = None,
+    window: Window = None,
+    overlap: Overlap = None,
+    stride: Stride = None,
+    size: Size = None,
+    flips: Flips = None,
+    largest_component: LargestComponent = None,
+    batch: Batch = None,
+    precision: Precision = None,
     device: Annotated[
         str | None, typer.Option("--device", metavar="auto|cpu|cuda", help="auto: a GPU where there is one.")
     ] = None,
@@ -71,10 +134,21 @@ def evaluate(
     """
     from scantly.errors import ConfigError
 
+    settings = overrides(
+        window=window,
+        overlap=overlap,
+        stride=stride,
+        size=size,
+        flips=flips,
+        largest_component=largest_component,
+        batch=batch,
+    )
     given = {
         "RUN": run,
         "--split": split,
         "--device": device,
+        "--precision": precision,
+        "options for windows": settings or None,
         "--predictions": predictions,
         "--labels": labels,
     }
@@ -91,7 +165,7 @@ def evaluate(
         from scantly.training.run import Run
 
         opened = Run.open(run)
-        summary = evaluate_run(opened, split, device=device or "auto")
+        summary = evaluate_run(opened, split, device=device or "auto", precision=precision or "32", inference=settings)
         place = opened.folder / "evaluation" / f"{summary['split']}.csv"
     else:
         raise ConfigError(

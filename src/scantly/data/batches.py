@@ -28,6 +28,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from scantly.data.arrays import Recent
+from scantly.data.parallel import worker_count
 from scantly.data.plan import Plan
 from scantly.data.pseudo_labels import PseudoLabels
 from scantly.data.store import Store
@@ -42,6 +43,7 @@ _LABELED, _UNLABELED = 0, 1
 _SHUFFLE, _POSITION = 0, 1
 #: Patches tried around foreground voxels for one that holds every class.
 _TRIES = 32
+_MOST_WORKERS = 4
 
 
 @dataclass
@@ -267,28 +269,49 @@ class BatchSource(Dataset[RawBatch]):
         height, width = self.plan.patch_size[-2:]
         return (self.plan.patch_size[0] if self.plan.spatial_dims == 3 else 1), height, width
 
+    def _limits(self, case: str) -> tuple[Corner, Corner]:
+        """First and last corner of a patch; negative ones begin in the zeros that surround a small case.
+
+        The padding is the plan's: what is missing, or, with a margin, the literature's for LA. That one is on
+        every axis as soon as one side of the case is not larger than the patch.
+        """
+        lows, highs = [], []
+        sides, shape = self._patch, self.store.shape(case)
+        first = 3 - self.plan.spatial_dims
+        margin = self.plan.pad_margin
+        small = margin > 0 and any(n <= side for n, side in zip(shape[first:], sides[first:], strict=True))
+        for axis, (n, side) in enumerate(zip(shape, sides, strict=True)):
+            if small and axis >= first:
+                pad = max((side - n) // 2 + margin, 0)
+                low, high = -pad, n + pad - side
+            else:
+                low = -(max(side - n, 0) // 2)
+                high = low + max(n - side, 0)
+            lows.append(low)
+            highs.append(high)
+        return (lows[0], lows[1], lows[2]), (highs[0], highs[1], highs[2])
+
     def _random_corner(self, case: str, depth: int, generator: np.random.Generator) -> Corner:
-        """Any position at which the patch lies inside; in 2D on the given slice."""
-        free = [max(n - side, 0) for n, side in zip(self.store.shape(case), self._patch, strict=True)]
-        z, y, x = (int(value) for value in generator.integers(0, np.array(free) + 1))
+        """Any position at which the patch lies inside the case and its padding; in 2D on the given slice."""
+        lows, highs = self._limits(case)
+        z, y, x = (int(value) for value in generator.integers(0, np.subtract(highs, lows) + 1) + lows)
         return (z if self.plan.spatial_dims == 3 else depth), y, x
 
     def _corner_around(self, case: str, voxel: NDArray[np.int64]) -> Corner:
-        """The patch with the voxel in its middle, moved as far as needed to lie inside."""
-        sides = zip(voxel, self._patch, self.store.shape(case), strict=True)
-        z, y, x = (min(max(int(v) - side // 2, 0), max(n - side, 0)) for v, side, n in sides)
+        """The patch with the voxel in its middle, moved as far as needed to lie inside the case and its padding."""
+        sides = zip(voxel, self._patch, *self._limits(case), strict=True)
+        z, y, x = (min(max(int(v) - side // 2, low), high) for v, side, low, high in sides)
         return z, y, x
 
     def _cut(self, read: Read, case: str, corner: Corner) -> NDArray[Any]:
-        """Read a patch (..., *patch); where the case is smaller, zeros surround it symmetrically."""
-        shape = self.store.shape(case)
-        stops = [min(start + side, n) for start, side, n in zip(corner, self._patch, shape, strict=True)]
-        z, y, x = (slice(start, stop) for start, stop in zip(corner, stops, strict=True))
-        part = read(case, (z, y, x))
-        missing = [side - n for side, n in zip(self._patch, part.shape[-3:], strict=True)]
-        if any(missing):
-            lead = [(0, 0)] * (part.ndim - 3)
-            part = np.pad(part, [*lead, *((rest // 2, rest - rest // 2) for rest in missing)])
+        """Read a patch (..., *patch), with zeros where it reaches beyond the case."""
+        window, beyond = [], []
+        for start, side, n in zip(corner, self._patch, self.store.shape(case), strict=True):
+            window.append(slice(max(start, 0), min(start + side, n)))
+            beyond.append((max(-start, 0), max(start + side - n, 0)))
+        part = read(case, (window[0], window[1], window[2]))
+        if any(before or after for before, after in beyond):
+            part = np.pad(part, [*[(0, 0)] * (part.ndim - 3), *beyond])
         return part[..., 0, :, :] if self.plan.spatial_dims == 2 else part
 
     def _no_rows(self, image: NDArray[np.float32]) -> Tensor:
@@ -303,7 +326,9 @@ def _any_voxel(voxels: Mapping[int, NDArray[np.int64]], generator: np.random.Gen
     return voxel
 
 
-def make_loader(source: BatchSource, start: int, stop: int, workers: int, pin_memory: bool) -> Iterator[RawBatch]:
+def make_loader(
+    source: BatchSource, start: int, stop: int, workers: int | None, pin_memory: bool
+) -> Iterator[RawBatch]:
     """The batches of iterations ``start`` to ``stop - 1`` in order, made by worker processes ahead of time.
 
     They do not depend on the number of workers, and torch's global generator is left alone.
@@ -312,7 +337,8 @@ def make_loader(source: BatchSource, start: int, stop: int, workers: int, pin_me
         source: What to draw.
         start: First iteration.
         stop: Iteration after the last one.
-        workers: Processes; 0 makes each batch in this process when it is asked for.
+        workers: Processes; 0 makes each batch in this process when it is asked for. ``None``: 0 for the CPU, whose
+            steps take a hundred times as long as a batch; for a GPU (``pin_memory``) one per core but one, up to 4.
         pin_memory: Whether batches lie in page-locked memory, from which they reach a GPU faster.
 
     Raises:
@@ -320,6 +346,8 @@ def make_loader(source: BatchSource, start: int, stop: int, workers: int, pin_me
     """
     # forked workers start in milliseconds, others import torch first (seconds); they touch numpy only, so
     # threads and CUDA contexts of this process, which do not survive a fork, are not missed
+    if workers is None:
+        workers = min(_MOST_WORKERS, max(worker_count(None, _MOST_WORKERS + 1) - 1, 0)) if pin_memory else 0
     forks = "fork" in multiprocessing.get_all_start_methods()
     loader: DataLoader[RawBatch | ScantlyError] = DataLoader(
         _Answers(source),

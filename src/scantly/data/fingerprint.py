@@ -1,12 +1,14 @@
 """Summary numbers of the training cases, from which the plan is made.
 
-Cases are read one after the other: headers of all, voxels only of labeled cases and only where a channel is
-normalized by the foreground (CT). Memory does not grow with the cohort.
+Of all cases the headers are read; voxels only of labeled cases and only where a channel is normalized by the
+foreground (CT), in several processes. Memory does not grow with the cohort.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -16,6 +18,7 @@ from numpy.typing import NDArray
 
 from scantly import imaging
 from scantly.data.dataset import Dataset
+from scantly.data.parallel import in_order, worker_count
 from scantly.data.splits import Split
 from scantly.errors import DatasetError
 
@@ -169,14 +172,11 @@ def _orientation(geometries: Sequence[imaging.Geometry]) -> Literal["LPS", "stor
 
 def _foreground(dataset: Dataset, names: Sequence[str], channel: int) -> Intensity:
     """Percentiles, mean and deviation over a bounded, evenly spread sample of foreground voxels."""
-    samples: list[NDArray[np.float32]] = []
     quota = max(1, _SAMPLES // max(1, len(names)))
-    for number, name in enumerate(names):
-        mask = dataset.read_label(name).array > 0
-        values = dataset.read_image(name).array[channel][mask]
-        if values.size > quota:
-            values = np.random.default_rng([number, channel]).choice(values, quota, replace=False)
-        samples.append(values)
+    jobs = [_Sample(dataset, name, channel, number, quota) for number, name in enumerate(names)]
+    workers = worker_count(None, len(jobs), max((job.memory() for job in jobs), default=0))
+    with closing(in_order(_Sample.draw, jobs, workers)) as drawn:
+        samples = list(drawn)
     pooled = np.concatenate(samples).astype(np.float64) if samples else np.zeros(0)
     if pooled.size == 0:
         raise DatasetError(
@@ -187,3 +187,27 @@ def _foreground(dataset: Dataset, names: Sequence[str], channel: int) -> Intensi
     pooled = pooled.clip(lower, upper)
     lower, upper, mean, std = (round(float(n), 6) for n in (lower, upper, pooled.mean(), pooled.std()))
     return Intensity(lower=lower, upper=upper, mean=mean, std=std, voxels=int(pooled.size))
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """Foreground voxels of one case; plain data, so it can be sent to another process."""
+
+    dataset: Dataset
+    name: str
+    channel: int
+    number: int
+    quota: int
+
+    def memory(self) -> int:
+        """Bytes that drawing takes, about: all channels, the label, the voxels of the foreground."""
+        voxels = math.prod(imaging.read_geometry(self.dataset.case(self.name).images[0]).shape)
+        return voxels * (8 * len(self.dataset.channels) + 8)
+
+    def draw(self) -> NDArray[np.float32]:
+        """At most ``quota`` intensities, by a generator of the case's own."""
+        mask = self.dataset.read_label(self.name).array > 0
+        values: NDArray[np.float32] = self.dataset.read_image(self.name).array[self.channel][mask]
+        if values.size > self.quota:
+            values = np.random.default_rng([self.number, self.channel]).choice(values, self.quota, replace=False)
+        return values

@@ -9,8 +9,9 @@ from pathlib import Path
 
 from scantly import imaging
 from scantly.errors import DatasetError
+from scantly.imaging.dicom_files import files_below
 
-__all__ = ["find_files", "group_channels", "is_label_name", "match_labels", "name_files"]
+__all__ = ["find_files", "group_channels", "is_label_name", "match_labels", "name_files", "visible_files"]
 
 _LABEL_WORDS = "segmentations?|segs?|gt|groundtruth|ground_truth|labels?|masks?|manual|annotations?|anno"
 _IMAGE_WORDS = "images?|imgs?|imaging|scans?|volumes?|vol"
@@ -20,19 +21,24 @@ _HEAD = re.compile(rf"^(?:{_LABEL_WORDS}|{_IMAGE_WORDS})[_\-. ]+")
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
 
 
+def visible_files(folder: Path) -> list[Path]:
+    """All files below a folder, in order of path, without hidden ones.
+
+    Raises:
+        DatasetError: if it is not a folder.
+    """
+    if not folder.is_dir():
+        raise DatasetError(f"{folder} is not a folder; give the folder that holds the files.")
+    return files_below(folder)
+
+
 def find_files(folder: Path) -> list[Path]:
     """All files of a readable type below a folder, in order of path, without hidden ones.
 
     Raises:
         DatasetError: if there is none, naming what there is instead.
     """
-    if not folder.is_dir():
-        raise DatasetError(f"{folder} is not a folder; give the folder that holds the files.")
-    files = sorted(
-        path
-        for path in folder.rglob("*")
-        if path.is_file() and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-    )
+    files = visible_files(folder)
     known = [path for path in files if imaging.file_ending(path)]
     if not known:
         others = Counter(path.suffix or path.name for path in files)

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from pydantic import Field, ValidationInfo, field_validator
 
+from scantly import imaging
+from scantly.data import grids, normalization
 from scantly.data.dataset import Dataset
 from scantly.data.fingerprint import Fingerprint, collect
+from scantly.data.normalization import ChannelNormalization
 from scantly.data.splits import Split
-from scantly.errors import ConfigError
+from scantly.data.topology import (
+    STEP,
+    anisotropy,
+    default_network,
+    fit_patch,
+    plan_topology,
+    side_factors,
+    side_steps,
+    training_bytes,
+)
+from scantly.errors import ConfigError, DatasetError
 from scantly.files import read_yaml, write_yaml
 from scantly.settings import Settings, merge, parse
 
@@ -20,36 +33,10 @@ __all__ = ["ChannelNormalization", "Plan", "make_plan"]
 
 SET_BY_USER = "set by the recipe or the user"
 
-#: Sides of a patch are multiples of this: the networks halve the resolution four times.
-_STEP = 16
-#: Training memory per voxel of a patch row. The activations that a U-Net of widths 16-256 keeps for the
-#: backward pass are about 500 (2D) and 330 (3D) float32 per voxel.
-_BYTES_PER_VOXEL = {2: 2000, 3: 1320}
 #: Share of the budget for these activations; the rest is weights, workspaces and a method's further networks.
 _ACTIVATION_SHARE = 0.5
-#: The published batches have 12 + 12 slices (ACDC); larger ones cost time and gain little.
-_LARGEST_BATCH = {2: 12, 3: 4}
-#: More anisotropic voxels than this are not isotropic enough for 3D kernels (nnU-Net's threshold too).
-_ANISOTROPIC = 3.0
-_FEW_SLICES = 32
-
-
-class ChannelNormalization(Settings):
-    """Intensity normalization of one channel, over the whole image before any crop."""
-
-    scheme: Literal["zscore", "minmax", "ct", "none"] = Field(
-        description="zscore: zero mean, unit deviation per image; minmax: [0, 1] per image; ct: clip to "
-        "[lower, upper], then subtract mean and divide by std (numbers of the cohort); none: as stored"
-    )
-    lower: float | None = Field(default=None, description="ct: lower clip, in the image's unit (HU)")
-    upper: float | None = Field(default=None, description="ct: upper clip, in the image's unit (HU)")
-    mean: float | None = Field(default=None, description="ct: mean to subtract, in the image's unit (HU)")
-    std: float | None = Field(default=None, gt=0, description="ct: deviation to divide by (HU)")
-
-    @property
-    def complete(self) -> bool:
-        """Whether the scheme has all its numbers."""
-        return self.scheme != "ct" or None not in (self.lower, self.upper, self.mean, self.std)
+#: The published batches: 12 + 12 slices (ACDC), 2 + 2 volumes (LA, BraTS); larger ones cost time and gain little.
+_LARGEST_BATCH = {2: 12, 3: 2}
 
 
 class Plan(Settings):
@@ -84,11 +71,25 @@ class Plan(Settings):
     normalization: tuple[ChannelNormalization, ...] = Field(
         min_length=1, description="one entry per channel, in the dataset's order"
     )
+    kernel_sizes: tuple[tuple[int, ...], ...] | None = Field(
+        default=None,
+        description="side of the kernels per level, finest first, (z, y, x) or (y, x); flat kernels (1) in 3D make "
+        "network.name auto a dynunet, which has them",
+    )
+    strides: tuple[tuple[int, ...], ...] | None = Field(
+        default=None, description="stride per level, finest first, (z, y, x) or (y, x); taken by network dynunet"
+    )
     patch_size: tuple[int, ...] = Field(description="training patch (H, W) or (D, H, W), in voxels")
     labeled_batch_size: int = Field(ge=1, description="labeled rows per step")
     unlabeled_batch_size: int = Field(ge=0, description="unlabeled rows per step")
     foreground_fraction: float = Field(
         default=0.33, ge=0, le=1, description="share of the labeled rows drawn around a foreground voxel"
+    )
+    pad_margin: int = Field(
+        default=0,
+        ge=0,
+        description="voxels added at both ends of every axis, beside what is missing, once any side of a case is "
+        "not larger than the patch; 0: only what is missing; the literature's LA code has 3",
     )
     reasons: dict[str, str] = Field(default_factory=dict, description="why each field has its value")
     fingerprint: dict[str, Any] = Field(default_factory=dict, description="numbers of the training cases")
@@ -118,17 +119,29 @@ class Plan(Settings):
             raise ValueError("size and spacing both fix the grid; give one of them and set the other to null")
         return size
 
+    @field_validator("kernel_sizes", "strides")
+    @classmethod
+    def _one_number_per_axis(
+        cls, levels: tuple[tuple[int, ...], ...] | None, info: ValidationInfo
+    ) -> tuple[tuple[int, ...], ...] | None:
+        dims = info.data.get("spatial_dims")
+        for level in levels or ():
+            if (dims is not None and len(level) != dims) or min(level, default=0) < 1:
+                raise ValueError(f"level {list(level)} is not one positive number per axis; give {dims} numbers")
+        return levels
+
     @field_validator("patch_size")
     @classmethod
     def _patch_fits(cls, patch: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
-        _check_sides(patch, info.data.get("spatial_dims"))
-        for side in patch:
-            if side >= _STEP and side % _STEP:
-                below, above = side // _STEP * _STEP, (side // _STEP + 1) * _STEP
-                raise ValueError(
-                    f"side {side} is not divisible by {_STEP}, and the networks halve the patch four times; "
-                    f"use {below} or {above}"
-                )
+        dims, kernels, strides = (info.data.get(name) for name in ("spatial_dims", "kernel_sizes", "strides"))
+        _check_sides(patch, dims)
+        if dims is not None and strides and default_network(dims, kernels) == "dynunet":
+            for axis, side, factor in zip("zyx", patch, side_factors(strides), strict=True):
+                _check_divisible(side, factor, f"plan.strides halve {axis} {factor.bit_length() - 1} times")
+        else:
+            for side in patch:
+                if side >= STEP:
+                    _check_divisible(side, STEP, "the networks halve the patch four times")
         return patch
 
     def preparation(self) -> dict[str, Any]:
@@ -162,12 +175,20 @@ def _check_sides(sides: tuple[int, ...], spatial_dims: int | None) -> None:
         raise ValueError("sides are numbers of voxels; give positive ones")
 
 
+def _check_divisible(side: int, factor: int, why: str) -> None:
+    if side % factor:
+        below = side // factor * factor
+        choice = f"{below} or {below + factor}" if below else f"{factor}"
+        raise ValueError(f"side {side} is not divisible by {factor}, and {why}; use {choice}")
+
+
 def make_plan(
     dataset: Dataset,
     split: Split,
     *,
     dims: Literal[2, 3] | None = None,
     overrides: Mapping[str, Any] | None = None,
+    network: str = "auto",
     memory_gb: float = 8.0,
 ) -> Plan:
     """Plan preparation and sampling from the training cases.
@@ -183,22 +204,34 @@ def make_plan(
         split: Training cases; validation and test cases are not looked at.
         dims: 2 or 3 as the user wants; ``None``: chosen from the data.
         overrides: The ``plan`` section of recipe and user; its values win over what the data suggest.
+        network: The network that the patch must fit; ``auto``: the U-Net in 2D, in 3D the V-Net, or where voxels
+            are 2 times or more as long as wide the nnU-Net-like one, which has flat kernels.
         memory_gb: Memory of the training device that patch and batch may fill, in 10^9 bytes.
 
     Raises:
         ConfigError: if overrides do not fit, ``dims`` contradicts them, or the plan would not be valid.
-        DatasetError: if there is no training case, or no foreground for a CT channel.
+        DatasetError: if there is no training case, no foreground for a CT channel, or a single slice among
+            volumes.
         ImageError: if a file cannot be read.
     """
     given = merge(overrides or {})
+    for name in ("kernel_sizes", "strides"):
+        if given.get(name, ()) is None:
+            del given[name]
     _check_dims(given, dims)
-    given["normalization"], normalization_reason = _requested_normalization(dataset, given.get("normalization"))
-    wants_foreground = [channel for channel, entry in enumerate(given["normalization"]) if _lacks_numbers(entry)]
+    given["normalization"], normalization_reason = normalization.requested(dataset, given.get("normalization"))
+    wants_foreground = [
+        channel for channel, entry in enumerate(given["normalization"]) if normalization.lacks_numbers(entry)
+    ]
     found = collect(dataset, split, foreground_channels=wants_foreground)
-    choices = _Choices(found, given, dims)
+    choices = _Choices(found, given, dims, network)
     choices.choose_grid()
+    if choices.values["spatial_dims"] == 3 and 1 in found.min_shape:
+        _refuse_single_slices(dataset, [*split.labeled, *split.unlabeled])
     choices.choose_normalization(normalization_reason)
     choices.choose_patch(memory_gb)
+    choices.choose_topology()
+    choices.choose_batch(memory_gb)
     return choices.plan()
 
 
@@ -210,46 +243,14 @@ def _check_dims(given: Mapping[str, Any], dims: int | None) -> None:
         )
 
 
-def _requested_normalization(dataset: Dataset, given: Any) -> tuple[list[Any], str | None]:
-    """Normalization per channel before the cohort's numbers are known, and the reason if not the user's."""
-    channels = dataset.channels
-    if given is None:
-        ct = ["ct" in name.lower().replace("_", " ").replace("-", " ").split() for name in channels]
-        reason = "; ".join(
-            f"channel {name!r} is CT: clipped and scaled by the foreground of the labeled cases"
-            if is_ct
-            else f"channel {name!r} is not named CT: z-score per image"
-            for name, is_ct in zip(channels, ct, strict=True)
-        )
-        return [{"scheme": "ct" if is_ct else "zscore"} for is_ct in ct], reason
-    if not isinstance(given, Sequence) or isinstance(given, str):
-        raise ConfigError(
-            f"setting 'plan.normalization' is {given!r}: give a list with one entry per channel, "
-            "for instance [{scheme: zscore}]."
-        )
-    entries = [entry.model_dump() if isinstance(entry, ChannelNormalization) else entry for entry in given]
-    if len(entries) == 1:
-        entries = entries * len(channels)
-    if len(entries) != len(channels):
-        raise ConfigError(
-            f"setting 'plan.normalization' has {len(entries)} entries, but {dataset.root} has "
-            f"{len(channels)} channels ({', '.join(channels)}); give one entry, or one per channel."
-        )
-    return entries, None
-
-
-def _lacks_numbers(entry: Any) -> bool:
-    numbers = ("lower", "upper", "mean", "std")
-    return isinstance(entry, Mapping) and entry.get("scheme") == "ct" and any(entry.get(n) is None for n in numbers)
-
-
 class _Choices:
     """Values and reasons as they are chosen; a value that was given is taken as it is."""
 
-    def __init__(self, found: Fingerprint, given: Mapping[str, Any], dims: int | None) -> None:
+    def __init__(self, found: Fingerprint, given: Mapping[str, Any], dims: int | None, network: str) -> None:
         self.found = found
         self.given = given
         self.dims = dims
+        self.network = network
         self.values: dict[str, Any] = {}
         self.reasons: dict[str, str] = {}
 
@@ -266,60 +267,108 @@ class _Choices:
         if self.dims is not None:
             self.put("spatial_dims", self.dims, SET_BY_USER)
         else:
-            self.put("spatial_dims", *_dimensions(found))
-        self.put("orientation", found.orientation, _orientation_reason(found))
+            self.put("spatial_dims", *grids.dimensions(found))
+        self.put("orientation", found.orientation, grids.orientation_reason(found))
         self.put("crop_fraction", None, "whole images are kept")
-        self.put("spacing", *_spacing(found, self.given.get("size")))
+        self.put("spacing", *grids.target_spacing(found, self.given.get("size")))
         self.put("size", None, "images keep the size that their spacing gives them")
         self.put("interpolation", "linear", "linear is exact enough for images and never overshoots")
 
     def choose_normalization(self, reason: str | None) -> None:
         entries = []
         for channel, entry in enumerate(self.given["normalization"]):
-            if _lacks_numbers(entry):
-                number = self.found.intensities[channel]
-                measured = {
-                    "lower": number.lower,
-                    "upper": number.upper,
-                    "mean": number.mean,
-                    "std": number.std,
-                }
-                entries.append(measured | {k: v for k, v in entry.items() if v is not None})
-            else:
-                entries.append(entry)
+            needs = normalization.lacks_numbers(entry)
+            entries.append(normalization.complete(entry, self.found.intensities[channel]) if needs else entry)
         self.values["normalization"] = entries
         self.reasons["normalization"] = SET_BY_USER if reason is None else reason
 
     def choose_patch(self, memory_gb: float) -> None:
         grid = self._grid()
-        dims = grid.spatial_dims
-        voxels = memory_gb * 1e9 * _ACTIVATION_SHARE / _BYTES_PER_VOXEL[dims]
         if grid.size is not None:
             self.put("patch_size", grid.size, "equal to size: whole prepared images are trained on")
-        else:
-            shape = _prepared_shape(self.found, grid)
-            reason = (
-                f"the median prepared image is {_times(shape)}; its sides to multiples of {_STEP}, the "
-                f"largest shortened until 2 + 2 rows fit half of {memory_gb:g} GB"
-            )
-            self.put("patch_size", _patch(shape, voxels / 4), reason)
-        patch = self._grid().patch_size
-        largest = _LARGEST_BATCH[dims]
-        rows = max(2, min(largest, int(voxels / (2 * math.prod(patch)))))
-        need = 2 * rows * math.prod(patch) * _BYTES_PER_VOXEL[dims] / 1e9
+            return
+        lengths = self._lengths()
+        follows = self._planned_network() == "dynunet"  # its depth per axis is planned, that of others is not
+        steps = side_steps(lengths) if follows and grid.spatial_dims == 3 else (STEP,) * grid.spatial_dims
+        shape = grids.prepared_shape(self.found, grid.spacing, grid.crop_fraction)[3 - grid.spatial_dims :]
+        uniform = len(set(steps)) == 1
+        multiples = str(STEP) if uniform else _times(steps)
         reason = (
-            f"{rows} labeled and {rows} unlabeled rows of {_times(patch)} need about {need:.1f} of "
+            f"the median prepared image is {_times(shape)}; its sides to multiples of {multiples}, the "
+            f"{'largest' if uniform else 'longest in mm'} shortened until 2 + 2 rows fit half of {memory_gb:g} GB"
+        )
+        weights = [1.0] * len(steps) if uniform else lengths
+        self.put("patch_size", fit_patch(shape, steps, weights, self._voxels(memory_gb) / 4), reason)
+
+    def choose_topology(self) -> None:
+        lengths, patch = self._lengths(), self._grid().patch_size
+        topology = plan_topology(patch, lengths)
+        depth = len(topology.strides)
+        deepest = [-(-side // factor) for side, factor in zip(patch, side_factors(topology.strides), strict=True)]
+        flat = sum(1 in kernel for kernel in topology.kernel_sizes)
+        voxel = f"voxels are {anisotropy(lengths):.1f} times longer than wide"
+        if flat:
+            reason = (
+                f"{voxel} (2 or more): kernels are flat across the long side on {flat} of {depth} levels, until the "
+                "planes are within a factor of 2"
+            )
+        elif self._grid().spacing is None:
+            reason = "the voxels' size is not known, so kernels have the same sides"
+        else:
+            reason = f"{voxel} (flat kernels: 2 or more), so kernels have the same sides"
+        reason += f"; network.name auto is {default_network(len(patch), topology.kernel_sizes)}"
+        self.put("kernel_sizes", topology.kernel_sizes, reason)
+        reason = (
+            f"sides are halved while they keep 4 voxels, coarse ones only once the others are as coarse: "
+            f"{_times(patch)} becomes {_times(deepest)} at the deepest of {depth} levels"
+        )
+        self.put("strides", topology.strides, reason)
+
+    def choose_batch(self, memory_gb: float) -> None:
+        grid = self._grid()
+        largest = _LARGEST_BATCH[grid.spatial_dims]
+        rows = max(2, min(largest, int(self._voxels(memory_gb) / (2 * math.prod(grid.patch_size)))))
+        need = 2 * rows * math.prod(grid.patch_size) * self._bytes() / 1e9
+        reason = (
+            f"{rows} labeled and {rows} unlabeled rows of {_times(grid.patch_size)} need about {need:.1f} of "
             f"{memory_gb:g} GB (half of it, and {largest} + {largest} rows, are the most)"
         )
         self.put("labeled_batch_size", rows, reason)
         self.put("unlabeled_batch_size", rows, reason)
         self.put("foreground_fraction", 0.33, "a third of the labeled rows meets each structure often enough")
+        self.put("pad_margin", 0, "cases that are smaller than the patch get what is missing and no more")
+
+    def _lengths(self) -> tuple[float, ...]:
+        """Size of a prepared voxel per axis; equal where it is not known."""
+        grid = self._grid()
+        spacing = grid.spacing or (1.0, 1.0, 1.0)
+        return spacing[3 - grid.spatial_dims :]
+
+    def _planned_network(self) -> str:
+        """The network that will be built, before kernels are planned for its patch."""
+        if self.network != "auto":
+            return self.network
+        lengths = self._lengths()
+        kernels = self.given.get("kernel_sizes") or plan_topology([STEP] * len(lengths), lengths).kernel_sizes
+        return default_network(len(lengths), kernels)
+
+    def _bytes(self) -> float:
+        return training_bytes(self._planned_network(), 2 if self.values["spatial_dims"] == 2 else 3)
+
+    def _voxels(self, memory_gb: float) -> float:
+        """Voxels, all rows together, that the budget allows."""
+        return memory_gb * 1e9 * _ACTIVATION_SHARE / self._bytes()
 
     def _grid(self) -> Plan:
         """The plan so far, validated, with stand-ins for what is still open."""
-        dims = self.values["spatial_dims"]
-        sides = self.values.get("size") or [_STEP] * (3 if dims == 3 else 2)
+        dims = 3 if self.values["spatial_dims"] == 3 else 2
+        sides = self.values.get("size") or [STEP] * dims
         open_ones = {"patch_size": sides, "labeled_batch_size": 1, "unlabeled_batch_size": 1}
+        if dims == 3 and "strides" not in self.values:  # what sides must be divisible by is not known yet
+            flat = [[1] * dims]
+            return parse(
+                Plan, {**open_ones, **self.given, **self.values, "kernel_sizes": flat, "strides": flat}, where="plan"
+            )
         return parse(Plan, {**open_ones, **self.given, **self.values}, where="plan")
 
     def plan(self) -> Plan:
@@ -329,56 +378,15 @@ class _Choices:
         return parse(Plan, self.values, where="plan")
 
 
-def _dimensions(found: Fingerprint) -> tuple[int, str]:
-    slices = found.median_shape[0]
-    if found.flat:
-        return 2, "every image is a single 2D image"
-    if found.anisotropy > _ANISOTROPIC and slices < _FEW_SLICES:
-        return 2, (
-            f"voxels are {found.anisotropy:.1f} times longer than wide (above {_ANISOTROPIC:g}) and there "
-            f"are {slices} slices in the median (fewer than {_FEW_SLICES})"
-        )
-    if slices < _STEP:
-        return 2, f"there are {slices} slices in the median, fewer than the {_STEP} that a 3D network needs"
-    return 3, (
-        f"volumes with {slices} slices in the median and voxels {found.anisotropy:.1f} times longer than "
-        f"wide (2D: above {_ANISOTROPIC:g} and fewer than {_FEW_SLICES} slices, or fewer than {_STEP})"
-    )
+def _refuse_single_slices(dataset: Dataset, names: Sequence[str]) -> None:
+    for name in names:
+        shape = imaging.read_geometry(dataset.case(name).images[0]).shape
+        if 1 in shape:
+            raise DatasetError(
+                f"case {name} is a single slice ({_times(shape)} voxels) and cannot be trained on in 3D; remove it "
+                "from the training cases, or train on slices with --dims 2."
+            )
 
 
-def _orientation_reason(found: Fingerprint) -> str:
-    if found.orientation == "stored":
-        return "the thick slices lie along the files' own first axis, not along the body axis"
-    return "all cases in the same axes, whatever their files' order"
-
-
-def _spacing(found: Fingerprint, size: Any) -> tuple[tuple[float, ...] | None, str]:
-    if size is not None:
-        return None, "size fixes the grid"
-    if not found.spacing_known:
-        return None, "not every file states its spacing, so images stay as stored"
-    spacing = found.median_spacing
-    return spacing, f"the median over {found.cases} training cases (z, y, x, mm; 2D plans keep the slices)"
-
-
-def _prepared_shape(found: Fingerprint, plan: Plan) -> tuple[int, ...]:
-    """Median shape after crop and resampling."""
-    shape = [float(side) for side in found.median_shape]
-    if plan.spacing is not None:
-        extents = (n * mm for n, mm in zip(found.median_size, found.median_spacing, strict=True))
-        shape = [extent / target for extent, target in zip(extents, plan.spacing, strict=True)]
-    if plan.crop_fraction is not None:
-        shape[1:] = [side * plan.crop_fraction for side in shape[1:]]
-    return tuple(max(1, round(side)) for side in shape[3 - plan.spatial_dims :])
-
-
-def _patch(shape: Sequence[int], voxels: float) -> tuple[int, ...]:
-    patch = [max(_STEP, (side + _STEP // 2) // _STEP * _STEP) for side in shape]
-    while math.prod(patch) > voxels and max(patch) > _STEP:
-        axis = max(range(len(patch)), key=lambda i: patch[i])
-        patch[axis] -= _STEP
-    return tuple(patch)
-
-
-def _times(sides: Any) -> str:
+def _times(sides: Iterable[int]) -> str:
     return " x ".join(str(side) for side in sides)

@@ -27,7 +27,7 @@ from scantly.data.plan import ChannelNormalization, Plan
 from scantly.errors import ImageError
 from scantly.imaging import Geometry, Image, Label, from_canonical, to_canonical
 
-__all__ = ["Record", "normalize", "prepare", "prepare_label", "restore", "restore_label"]
+__all__ = ["Record", "normalize", "prepare", "prepare_label", "restore", "restore_label", "restore_map"]
 
 _ORDER = {"nearest": 0, "linear": 1, "cubic": 3}
 Shape: TypeAlias = tuple[int, int, int]
@@ -165,13 +165,35 @@ def restore(probs: NDArray[np.float32], record: Record, plan: Plan) -> NDArray[n
     Raises:
         ImageError: if the shape is not that of the prepared image.
     """
-    _check_shape(probs.shape[1:], record)
-    oriented = np.zeros((probs.shape[0], *record.oriented_shape), dtype=np.float32)
-    oriented[0] = 1
-    inside = oriented[(slice(None), *record.window)]
+    restored = np.empty((probs.shape[0], *record.shape), dtype=np.float32)
     for index, values in enumerate(probs):
-        inside[index] = _resize(values, record.cropped_shape, plan, 1)
-    inside /= inside.sum(axis=0)
+        restored[index] = restore_map(values, record, plan, outside=1.0 if index == 0 else 0.0)
+    restored /= restored.sum(axis=0)
+    return restored
+
+
+def restore_map(
+    values: NDArray[np.float32], record: Record, plan: Plan, *, outside: float = 0.0
+) -> NDArray[np.float32]:
+    """Bring one map of real numbers from the prepared grid back to the original one, linearly interpolated.
+
+    One class at a time, memory holds two volumes whatever the number of classes.
+
+    Args:
+        values: (D', H', W').
+        record: Of the prepared image.
+        plan: With which it was prepared.
+        outside: Value outside the center crop.
+
+    Returns:
+        (D, H, W) float32 on the original grid.
+
+    Raises:
+        ImageError: if the shape is not that of the prepared image.
+    """
+    _check_shape(values.shape, record)
+    oriented = np.full(record.oriented_shape, outside, dtype=np.float32)
+    oriented[record.window] = _resize(values, record.cropped_shape, plan, 1)
     return _stored(oriented, record, plan)
 
 

@@ -1,4 +1,4 @@
-"""Scans and annotations as files: NIfTI, PNG, TIFF and the literature's ``.h5``, with their geometry.
+"""Scans and annotations as files: NIfTI, DICOM, PNG, TIFF and the literature's ``.h5``, with their geometry.
 
 Arrays are (D, H, W) = (z, y, x); scans have channels first. What is written for an image lies on
 exactly its grid.

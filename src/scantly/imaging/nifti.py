@@ -8,7 +8,6 @@ never makes us reserve memory that the file does not fill, and equal arrays give
 from __future__ import annotations
 
 import gzip
-import io
 import math
 import zlib
 from collections.abc import Iterator
@@ -182,24 +181,41 @@ def _affine(header: Any, path: Path) -> NDArray[np.float64]:
 
 
 def write(path: Path, array: NDArray[Any], geometry: Geometry) -> None:
-    """Write one volume with the transforms, codes and units that ``geometry`` came with.
+    """Write one volume, or one per class, with the transforms, codes and units that ``geometry`` came with.
 
-    No time and no file name is stored: equal arrays give equal bytes.
+    No time and no file name is stored: equal arrays give equal bytes. The data are packed volume by volume.
 
     Args:
         path: File to write, gzipped if it ends in ``.gz``. Not atomic by itself.
-        array: (D, H, W), of the type to be stored.
+        array: (D, H, W), of the type to be stored; or (K, D, H, W), which becomes the axes (x, y, z, class).
         geometry: Where it lies.
     """
     header = _header_for(geometry, array.dtype)
-    body = header.binaryblock + bytes(4) + _stored_bytes(array, header)
-    if path.name.lower().endswith(".gz"):
-        buffer = io.BytesIO()
-        # level 4: within a few per cent of the smallest size for scans and labels at a third of the time
-        with gzip.GzipFile(filename="", fileobj=buffer, mode="wb", mtime=0, compresslevel=4) as zipped:
-            zipped.write(body)
-        body = buffer.getvalue()
-    path.write_bytes(body)
+    if array.ndim == 4:
+        _add_axis(header, geometry, len(array))
+    with path.open("wb") as file, _packer(file, path) as stream:
+        stream.write(header.binaryblock + bytes(4))
+        for volume in array if array.ndim == 4 else array[np.newaxis]:
+            stream.write(_stored_bytes(volume, header))
+
+
+@contextmanager
+def _packer(file: IO[bytes], path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
+    if not path.name.lower().endswith(".gz"):
+        yield file
+        return
+    # level 4: within a few per cent of the smallest size for scans and labels at a third of the time
+    with gzip.GzipFile(filename="", fileobj=file, mode="wb", mtime=0, compresslevel=4) as zipped:
+        yield zipped
+
+
+def _add_axis(header: Any, geometry: Geometry, extent: int) -> None:
+    fields = header.structarr
+    fields["dim"][:5] = (4, *geometry.shape[::-1], extent)
+    fields["dim"][5:] = 1
+    fields["pixdim"][4] = 1
+    if fields["pixdim"][3] == 0:  # of a file of two dimensions
+        fields["pixdim"][3] = 1
 
 
 def _stored_bytes(array: NDArray[Any], header: Any) -> bytes:

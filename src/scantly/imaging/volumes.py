@@ -4,19 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from scantly.errors import ImageError
 from scantly.files import atomic_path
-from scantly.imaging import h5, nifti, raster
+from scantly.imaging import dicom, h5, nifti, raster
 from scantly.imaging.decoding import require_finite, to_labels
 from scantly.imaging.geometry import Geometry, Image, Label, geometry_difference
 
 __all__ = [
     "ENDINGS",
+    "Source",
     "file_ending",
     "has_label",
     "read_geometry",
@@ -30,14 +31,21 @@ __all__ = [
 ENDINGS = (".nii.gz", ".nii", ".png", ".tif", ".tiff", ".h5")
 """File endings that can be read and written."""
 
+Source: TypeAlias = Path | dicom.Series
+"""Where a scan is read from: a file, or a DICOM series (see :func:`scantly.imaging.dicom.find_cases`)."""
 
-def file_ending(path: Path) -> str | None:
+
+def file_ending(path: Source) -> str | None:
     """The ending of :data:`ENDINGS` that the file's name has, upper or lower case; None if it has none.
+
+    A DICOM series has none: what is written for it is NIfTI.
 
     Example:
         >>> file_ending(Path("heart.v2.NII.gz"))
         '.nii.gz'
     """
+    if isinstance(path, dicom.Series):
+        return None
     name = path.name.lower()
     return next((ending for ending in ENDINGS if name.endswith(ending) and name != ending), None)
 
@@ -60,14 +68,14 @@ def _require_ending(path: Path) -> str:
     return ending
 
 
-def read_image(paths: Sequence[Path], *, finite: bool = True) -> Image:
+def read_image(paths: Sequence[Source], *, finite: bool = True) -> Image:
     """Read a scan from its channel files.
 
-    Intensities are those the file means: NIfTI slope and intercept are applied. A color PNG or TIFF gives
-    three channels.
+    Intensities are those the file means: NIfTI slope and intercept are applied, DICOM's too. A color PNG or TIFF
+    gives three channels.
 
     Args:
-        paths: One file per channel, in order.
+        paths: One file or DICOM series per channel, in order.
         finite: Refuse NaN and infinite voxels.
 
     Returns:
@@ -83,7 +91,7 @@ def read_image(paths: Sequence[Path], *, finite: bool = True) -> Image:
     geometry = read[0][1]
     for path, (array, own) in zip(paths, read, strict=True):
         if finite:
-            require_finite(array, path)
+            require_finite(array, path.folder if isinstance(path, dicom.Series) else path)
         difference = geometry_difference(own, geometry)
         if difference:
             raise ImageError(
@@ -93,7 +101,9 @@ def read_image(paths: Sequence[Path], *, finite: bool = True) -> Image:
     return Image(read[0][0] if len(read) == 1 else np.concatenate([array for array, _ in read]), geometry)
 
 
-def _read_channels(path: Path) -> tuple[NDArray[np.float32], Geometry]:
+def _read_channels(path: Source) -> tuple[NDArray[np.float32], Geometry]:
+    if isinstance(path, dicom.Series):
+        return dicom.read_series(path)
     ending = _require_ending(path)
     if ending in (".nii", ".nii.gz"):
         array, geometry = nifti.read_voxels(path, np.float32)
@@ -127,12 +137,14 @@ def read_label(path: Path) -> Label:
     return Label(to_labels(array, path), geometry)
 
 
-def read_geometry(path: Path) -> Geometry:
-    """Read only the header: grid and type of a file, no voxels.
+def read_geometry(path: Source) -> Geometry:
+    """Read only the header: grid and type of a file or DICOM series, no voxels.
 
     Raises:
         ImageError: if the header cannot be read.
     """
+    if isinstance(path, dicom.Series):
+        return path.geometry
     ending = _require_ending(path)
     if ending in (".nii", ".nii.gz"):
         return nifti.read_geometry(path)

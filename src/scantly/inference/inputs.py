@@ -1,4 +1,4 @@
-"""Which scans a prediction is asked for: files and folders, channels put together."""
+"""Which scans a prediction is asked for: files, DICOM series and folders of them, channels put together."""
 
 from __future__ import annotations
 
@@ -8,37 +8,73 @@ from pathlib import Path
 
 from scantly.errors import ImageError
 from scantly.imaging import ENDINGS, file_ending, stem
+from scantly.imaging.dicom import Series, find_cases, is_dicom, series_of_file
+from scantly.imaging.volumes import Source
 
 __all__ = ["find_inputs"]
 
 _CHANNEL = re.compile(r"_(\d{4})$")
 
 
-def find_inputs(inputs: Iterable[str | Path], *, channels: int) -> dict[str, tuple[Path, ...]]:
+def find_inputs(
+    inputs: Iterable[str | Path], *, channels: int, series: str | None = None
+) -> dict[str, tuple[Source, ...]]:
     """Scans by name from files and folders; channels are told by ``_0000``, ``_0001`` at the end of the name.
+
+    A folder without files of a known ending is searched for DICOM series, with its subfolders
+    (:func:`~scantly.imaging.dicom.find_cases` says what is a case there).
 
     Args:
         inputs: Files, or folders whose scans are all taken.
         channels: How many channels the model takes.
+        series: UID of the DICOM series to take from every folder; files of other types are left out then.
 
     Returns:
-        Case name -> its files in channel order.
+        Case name -> its files in channel order, or its DICOM series.
 
     Raises:
-        ImageError: for a path that does not exist, a folder without scans, two scans of one name, or a scan
-            with missing channels.
+        ImageError: for a path that does not exist, a folder without scans, two scans of one name, a scan with
+            missing channels, or a DICOM series that cannot be used.
     """
     files: list[Path] = []
+    found: list[tuple[str, Series]] = []
     for item in map(Path, inputs):
         if item.is_dir():
-            found = sorted(f for f in item.iterdir() if file_ending(f) and not f.name.startswith("."))
-            if not found:
-                raise ImageError(f"{item} holds no scans ({', '.join(ENDINGS)}); give files or another folder.")
-            files += found
-        elif item.is_file():
-            files.append(item)
-        else:
+            scans = sorted(f for f in item.iterdir() if file_ending(f) and not f.name.startswith("."))
+            if scans and series is None:
+                files += scans
+                continue
+            cases = find_cases(item, series=series)
+            if not cases:
+                raise ImageError(f"{item} holds no scans ({', '.join(ENDINGS)}, DICOM); give files or another folder.")
+            found += cases.items()
+        elif not item.is_file():
             raise ImageError(f"{item} does not exist.")
+        elif file_ending(item) is None and is_dicom(item):
+            found.append((item.stem, series_of_file(item)))
+        else:
+            files.append(item)
+    return _together(_by_channel(files, channels), found, channels)
+
+
+def _together(
+    cases: dict[str, tuple[Path, ...]], found: Iterable[tuple[str, Series]], channels: int
+) -> dict[str, tuple[Source, ...]]:
+    """Cases of files and of DICOM series under one set of names."""
+    together: dict[str, tuple[Source, ...]] = dict(cases)
+    for name, one in found:
+        if channels != 1:
+            raise ImageError(
+                f"{one} is one channel, the model takes {channels}; convert every channel to NIfTI, named "
+                "<case>_0000.nii.gz, <case>_0001.nii.gz, ..., and give these."
+            )
+        if name in together:
+            raise ImageError(f"{one} and {together[name][0]} would both be called '{name}'; rename one.")
+        together[name] = (one,)
+    return together
+
+
+def _by_channel(files: Iterable[Path], channels: int) -> dict[str, tuple[Path, ...]]:
     cases: dict[str, dict[int, Path]] = {}
     for file in files:
         name, channel = _case_and_channel(file, channels)

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 from scantly.data.plan import Plan
 from scantly.errors import RunError
 from scantly.files import atomic_path
+from scantly.inference.settings import DEFAULT_INFERENCE, InferenceSettings
 from scantly.methods import catalogue
 from scantly.methods.base import Task
 from scantly.settings import parse
 
-__all__ = ["FORMAT_VERSION", "Model", "load_model", "save_model"]
+__all__ = ["FORMAT_VERSION", "Model", "load_model", "model_file", "save_model"]
 
 FORMAT_VERSION = 1
 _KEY = "scantly"
@@ -33,6 +34,7 @@ class Model:
         plan: How scans are prepared.
         method: Catalogue name of the method that trained it.
         configuration: The method's settings.
+        inference: How whole scans are predicted unless asked otherwise.
     """
 
     network: nn.Module
@@ -40,6 +42,7 @@ class Model:
     plan: Plan
     method: str
     configuration: Mapping[str, Any]
+    inference: InferenceSettings = DEFAULT_INFERENCE
 
 
 def save_model(
@@ -50,6 +53,7 @@ def save_model(
     plan: Plan,
     method: str,
     configuration: Mapping[str, Any],
+    inference: InferenceSettings | None = None,
 ) -> None:
     """Write ``model.safetensors``, atomically.
 
@@ -62,6 +66,8 @@ def save_model(
         plan: The plan.
         method: Catalogue name.
         configuration: The method's settings.
+        inference: How whole scans are predicted; ``batch`` is the machine's matter and not kept. ``None``: as the
+            reader's defaults say.
     """
     from safetensors.torch import save
 
@@ -71,11 +77,17 @@ def save_model(
         "plan": plan.model_dump(mode="json"),
         "method": method,
         "configuration": dict(configuration),
+        **({} if inference is None else {"inference": inference.to_dict()}),
     }
     tensors = {key: value.detach().cpu().contiguous() for key, value in weights.items()}
     data = save(tensors, metadata={_KEY: json.dumps(content, sort_keys=True)})
     with atomic_path(path) as temporary:
         temporary.write_bytes(data)
+
+
+def model_file(path: Path) -> Path:
+    """The file itself, or the one in a run folder."""
+    return path / "model.safetensors" if path.is_dir() else path
 
 
 def load_model(path: Path) -> Model:
@@ -89,7 +101,7 @@ def load_model(path: Path) -> Model:
     """
     from safetensors import SafetensorError, safe_open
 
-    file = path / "model.safetensors" if path.is_dir() else path
+    file = model_file(path)
     if not file.is_file():
         raise RunError(f"{file} does not exist; the training has not finished, continue it with --resume.")
     try:
@@ -111,4 +123,5 @@ def load_model(path: Path) -> Model:
     except RuntimeError as error:
         raise RunError(f"{file} does not fit its own network description ({error}).") from error
     network.requires_grad_(False).eval()
-    return Model(network, task, plan, content["method"], content["configuration"])
+    inference = parse(InferenceSettings, content.get("inference", {}), where=f"{file}: inference")
+    return Model(network, task, plan, content["method"], content["configuration"], inference)

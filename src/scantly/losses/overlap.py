@@ -53,11 +53,13 @@ def soft_dice(probs: Tensor, labels: Tensor, *, smooth: float = 1e-5, include_ba
     return dice.mean() if include_background else dice[1:].mean()
 
 
-def cross_entropy_dice(logits: Tensor, labels: Tensor) -> Tensor:
-    """The field's supervised loss, ``(cross-entropy + soft Dice) / 2``, background included in both.
+def cross_entropy_dice(logits: Tensor, labels: Tensor, *, include_background: bool = True) -> Tensor:
+    """The field's supervised loss, ``(cross-entropy + soft Dice) / 2``.
 
     Args:
         logits: ``(B, C, *spatial)``.
         labels: ``(B, *spatial)``, integers in ``[0, C)``.
+        include_background: Count class 0 in the soft Dice; the cross-entropy always does.
     """
-    return 0.5 * (cross_entropy(logits, labels) + soft_dice(logits.float().softmax(1), labels))
+    dice = soft_dice(logits.float().softmax(1), labels, include_background=include_background)
+    return 0.5 * (cross_entropy(logits, labels) + dice)

@@ -8,10 +8,10 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from scantly.losses import cross_entropy_dice
-from scantly.methods.base import Batch, Method, MethodConfig, Progress, Task
+from scantly.methods.base import Batch, Method, Progress, Task
 from scantly.methods.parts.ema import Buffers, ema_decay, make_teacher, update_teacher
 from scantly.methods.parts.ramps import gaussian_rampup
+from scantly.methods.parts.supervision import SupervisionConfig, outputs
 from scantly.views import noise
 
 __all__ = ["MeanTeacher"]
@@ -39,7 +39,7 @@ class MeanTeacher(Method):
       run keeps its proportions; the decay of the average is not scaled.
     """
 
-    class Config(MethodConfig):
+    class Config(SupervisionConfig):
         """Settings of Mean Teacher; defaults are the public segmentation code's unless stated."""
 
         consistency: float = Field(0.1, ge=0, description="Largest weight of the consistency term.")
@@ -79,14 +79,16 @@ class MeanTeacher(Method):
                 generator=self.generator,
             )
             targets = self.teacher(noisy).float().softmax(1)
-        logits = self.student(batch.images)
-        labeled, unlabeled = logits.split([len(batch.labeled), len(batch.unlabeled)])
-        difference = (unlabeled.float().softmax(1) - targets).square().mean()
+        rows = [len(batch.labeled), len(batch.unlabeled)]
+        labeled, unlabeled = zip(
+            *(torch.split(logits, rows) for logits in outputs(self.student, batch.images)), strict=True
+        )
+        difference = (unlabeled[0].float().softmax(1) - targets).square().mean()
         weight = self.weight(progress)
         self.log("consistency_weight", torch.tensor(weight))
         self.log("disagreement", difference)
         return {
-            "supervised": cross_entropy_dice(labeled, batch.labels),
+            "supervised": self.config.supervised_loss(labeled, batch.labels),
             "consistency": weight * difference,
         }
 

@@ -6,8 +6,8 @@ from typing import ClassVar
 
 from torch import Tensor, nn
 
-from scantly.losses import cross_entropy_dice
-from scantly.methods.base import Batch, Method, MethodConfig, Progress, Task
+from scantly.methods.base import Batch, Method, Progress, Task
+from scantly.methods.parts.supervision import SupervisionConfig, outputs
 
 __all__ = ["Supervised"]
 
@@ -23,18 +23,19 @@ class Supervised(Method):
     here the batch is ``plan.labeled_batch_size``, set it to 24 for that.
     """
 
-    class Config(MethodConfig):
-        """No settings of its own."""
+    class Config(SupervisionConfig):
+        """Those of the supervised loss."""
 
     uses_unlabeled: ClassVar[bool] = False
 
     def __init__(self, task: Task, config: Config) -> None:
         super().__init__(task, config)
+        self.config = config
         self.network = task.network()
 
     def losses(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:  # noqa: ARG002
         """``supervised``: the loss on the labeled rows."""
-        return {"supervised": cross_entropy_dice(self.network(batch.labeled), batch.labels)}
+        return {"supervised": self.config.supervised_loss(outputs(self.network, batch.labeled), batch.labels)}
 
     @property
     def predictor(self) -> nn.Module:

@@ -1,6 +1,8 @@
 """Backbones: ours by name, and every network of MONAI by its class name."""
 
-from scantly.networks.catalogue import build, known_networks
-from scantly.networks.unet import UNet
+from scantly.networks.catalogue import build, known_networks, side_factors
+from scantly.networks.encoder_decoder import Decoder, EncoderDecoder
+from scantly.networks.unet import UNet, UNet3D
+from scantly.networks.vnet import VNet
 
-__all__ = ["UNet", "build", "known_networks"]
+__all__ = ["Decoder", "EncoderDecoder", "UNet", "UNet3D", "VNet", "build", "known_networks", "side_factors"]

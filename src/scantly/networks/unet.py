@@ -1,4 +1,4 @@
-"""The community's U-Net."""
+"""The community's U-Nets."""
 
 from __future__ import annotations
 
@@ -6,50 +6,25 @@ from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from scantly.errors import ConfigError
+from scantly.networks.blocks import CONV, POOL, ConcatenatingUp, Upsampling, conv_layers, interpolation
+from scantly.networks.encoder_decoder import Decoder, EncoderDecoder
 
-__all__ = ["UNet"]
-
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
-_NORM = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_POOL = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
-_UPSAMPLE = {2: "bilinear", 3: "trilinear"}
+__all__ = ["UNet", "UNet3D"]
 
 
-class _Block(nn.Sequential):
+def _block(spatial_dims: int, in_channels: int, out_channels: int, dropout: float) -> nn.Sequential:
     """Conv3 - BN - LeakyReLU - Dropout - Conv3 - BN - LeakyReLU."""
-
-    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, dropout: float) -> None:
-        conv, norm = _CONV[spatial_dims], _NORM[spatial_dims]
-        super().__init__(
-            conv(in_channels, out_channels, 3, padding=1),
-            norm(out_channels),
-            nn.LeakyReLU(0.01, inplace=True),
-            nn.Dropout(dropout),
-            conv(out_channels, out_channels, 3, padding=1),
-            norm(out_channels),
-            nn.LeakyReLU(0.01, inplace=True),
-        )
+    return nn.Sequential(
+        *conv_layers(spatial_dims, in_channels, out_channels, slope=0.01),
+        nn.Dropout(dropout),
+        *conv_layers(spatial_dims, out_channels, out_channels, slope=0.01),
+    )
 
 
-class _Up(nn.Module):
-    """Halve the channels (1x1 conv), double the size, concatenate the skip, convolve."""
-
-    def __init__(self, spatial_dims: int, deep: int, skip: int, dropout: float) -> None:
-        super().__init__()
-        self.reduce = _CONV[spatial_dims](deep, skip, 1)
-        self.upsample = nn.Upsample(scale_factor=2, mode=_UPSAMPLE[spatial_dims], align_corners=True)
-        self.block = _Block(spatial_dims, 2 * skip, skip, dropout)
-
-    def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
-        merged: Tensor = self.block(torch.cat([skip, self.upsample(self.reduce(deep))], dim=1))
-        return merged
-
-
-class UNet(nn.Module):
+class UNet(EncoderDecoder):
     """U-Net as the semi-supervised literature uses it on ACDC (public code of SSL4MIS), in 2D or 3D.
 
     Widths 16-32-64-128-256, max-pooling down, linear upsampling (``align_corners=True``) up. With one
@@ -63,6 +38,8 @@ class UNet(nn.Module):
         out_channels: Classes, background included.
         widths: Channels per level, finest first. Image sides must be divisible by ``2 ** (levels - 1)``.
         dropout: Dropout probability in the encoder block of each level; the decoder has none.
+        upsampling: ``linear`` or ``nearest`` after a 1x1 convolution that halves the channels, or ``transposed``
+            convolution (1,944,324 parameters).
     """
 
     def __init__(
@@ -73,6 +50,7 @@ class UNet(nn.Module):
         *,
         widths: Sequence[int] = (16, 32, 64, 128, 256),
         dropout: Sequence[float] = (0.05, 0.1, 0.2, 0.3, 0.5),
+        upsampling: Upsampling = "linear",
     ) -> None:
         super().__init__()
         if len(widths) != len(dropout):
@@ -81,40 +59,77 @@ class UNet(nn.Module):
             )
         self.spatial_dims = spatial_dims
         self.widths = tuple(widths)
+        self.factors = (2 ** (len(widths) - 1),) * spatial_dims
         levels = zip([in_channels, *widths[:-1]], widths, dropout, strict=True)
-        self.encoder = nn.ModuleList(_Block(spatial_dims, a, b, p) for a, b, p in levels)
-        self.pool = _POOL[spatial_dims](2)
-        self.decoder = nn.ModuleList(_Up(spatial_dims, b, a, 0.0) for a, b in reversed(list(pairwise(widths))))
-        self.head = _CONV[spatial_dims](widths[0], out_channels, 3, padding=1)
+        self.encoder = nn.ModuleList(_block(spatial_dims, a, b, p) for a, b, p in levels)
+        self.pool = POOL[spatial_dims](2)
+        self.decoder = self.new_decoder(upsampling)
+        self.head = CONV[spatial_dims](widths[0], out_channels, 3, padding=1)
 
-    def encode(self, images: Tensor) -> list[Tensor]:
-        """Features of every level, finest first.
+    def new_decoder(self, upsampling: str) -> Decoder:
+        return Decoder(self._up(deep, skip, upsampling) for skip, deep in reversed(list(pairwise(self.widths))))
 
-        Args:
-            images: ``(B, C, *spatial)``.
+    def _up(self, deep: int, skip: int, kind: str) -> ConcatenatingUp:
+        dims = self.spatial_dims
+        if kind == "transposed":
+            transposed = conv_layers(dims, deep, skip, kernel=2, stride=2, transposed=True)[0]
+            return ConcatenatingUp(nn.Identity(), transposed, _block(dims, 2 * skip, skip, 0.0))
+        return ConcatenatingUp(CONV[dims](deep, skip, 1), interpolation(kind, dims), _block(dims, 2 * skip, skip, 0.0))
 
-        Returns:
-            One tensor per level, ``(B, widths[i], *spatial / 2**i)``.
-        """
-        factor = 2 ** (len(self.encoder) - 1)
-        if any(side % factor for side in images.shape[2:]):
-            raise ConfigError(
-                f"this U-Net halves its input {len(self.encoder) - 1} times, so sides must be multiples of {factor}; "
-                f"got {tuple(images.shape[2:])}. Choose another --size."
+
+class UNet3D(EncoderDecoder):
+    """The 3D U-Net of the semi-supervised literature's BraTS experiments (public code of SSL4MIS); 2D too.
+
+    Widths 16-32-64-128-256, two (Conv3 - instance norm - ReLU) per level, max-pooling down, linear upsampling
+    (``align_corners=False``) of all channels up, concatenated skips, dropout after the bottom block and before
+    the 1x1 head, Kaiming initialization. The instance norm has neither affine parameters nor running
+    statistics; the public code calls its flag "batchnorm". One channel and two classes in 3D: 5,884,050
+    parameters.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: Image channels.
+        out_channels: Classes, background included.
+        widths: Channels per level, finest first. Image sides must be divisible by ``2 ** (levels - 1)``.
+        dropout: Probability with which a value is dropped at both places.
+        norm: ``instance``, ``batch``, ``group`` or ``none``.
+    """
+
+    def __init__(
+        self,
+        spatial_dims: Literal[2, 3],
+        in_channels: int,
+        out_channels: int,
+        *,
+        widths: Sequence[int] = (16, 32, 64, 128, 256),
+        dropout: float = 0.3,
+        norm: str = "instance",
+    ) -> None:
+        super().__init__()
+        self.spatial_dims = spatial_dims
+        self.widths = tuple(widths)
+        self.factors = (2 ** (len(widths) - 1),) * spatial_dims
+
+        def block(inputs: int, outputs: int, *, drops: bool) -> nn.Sequential:
+            layers = [
+                *conv_layers(spatial_dims, inputs, outputs, norm=norm),
+                *conv_layers(spatial_dims, outputs, outputs, norm=norm),
+            ]
+            return nn.Sequential(*layers, *([nn.Dropout(dropout)] if drops else []))
+
+        self.encoder = nn.ModuleList(
+            block(a, b, drops=level == len(widths)) for level, (a, b) in enumerate(pairwise([in_channels, *widths]), 1)
+        )
+        self.pool = POOL[spatial_dims](2)
+        self.decoder = Decoder(
+            ConcatenatingUp(
+                nn.Identity(),
+                interpolation("linear", spatial_dims, align_corners=False),
+                block(deep + skip, skip, drops=level == 0),
             )
-        features = [self.encoder[0](images)]
-        for block in self.encoder[1:]:
-            features.append(block(self.pool(features[-1])))
-        return features
-
-    def decode(self, features: Sequence[Tensor]) -> Tensor:
-        """Logits ``(B, classes, *spatial)`` from the features of :meth:`encode`."""
-        x = features[-1]
-        for up, skip in zip(self.decoder, reversed(features[:-1]), strict=True):
-            x = up(x, skip)
-        logits: Tensor = self.head(x)
-        return logits
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(B, classes, *spatial)``."""
-        return self.decode(self.encode(images))
+            for level, (skip, deep) in reversed(list(enumerate(pairwise(widths))))
+        )
+        self.head = CONV[spatial_dims](widths[0], out_channels, 1)
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d | nn.Conv3d):
+                nn.init.kaiming_normal_(module.weight)

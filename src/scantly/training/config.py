@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from scantly.data.plan import Plan
+from scantly.inference.settings import InferenceSettings
 from scantly.settings import Settings
 from scantly.views import WeakConfig
 
@@ -25,7 +26,11 @@ class DataSection(Settings):
         0, ge=0, description="Draws the validation cases where no splits.json names them; not the training's seed."
     )
     store: str | None = Field(None, description="Folder for prepared cases; null: the user's cache folder.")
-    workers: int = Field(0, ge=0, description="Loader processes; the result does not depend on it.")
+    workers: int | None = Field(
+        None,
+        ge=0,
+        description="Loader processes; null: none on the CPU, up to 4 for a GPU. The result does not depend on it.",
+    )
     augmentation: WeakConfig = Field(default_factory=WeakConfig, description="The shared weak augmentation.")
 
     @field_validator("labeled")
@@ -39,8 +44,15 @@ class DataSection(Settings):
 class NetworkSection(Settings):
     """The backbone."""
 
-    name: str = Field("unet", description="One of Scantly's networks or the class name of one of MONAI's.")
-    arguments: dict[str, Any] = Field(default_factory=dict, description="Further arguments of that network.")
+    name: str = Field(
+        "auto",
+        description="One of Scantly's networks (unet, unet3d, vnet, dynunet) or the class name of one of MONAI's; "
+        "auto: unet in 2D, vnet in 3D, dynunet in 3D where the plan has flat kernels.",
+    )
+    arguments: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further arguments of that network; dynunet takes kernel_sizes and strides from the plan.",
+    )
 
 
 class TrainingSection(Settings):
@@ -101,6 +113,10 @@ class EvaluationSection(Settings):
         description="Which iteration predicts: best on validation cases, or last; auto: best where there are "
         "both validation and test cases, else last.",
     )
+    inference: InferenceSettings = Field(
+        default_factory=InferenceSettings,
+        description="Windows, flips and post-processing of whole scans, in validation and after the training.",
+    )
     flaws: tuple[str, ...] = Field((), description="Known flaws of the published procedure that this run repeats.")
 
 
@@ -116,6 +132,11 @@ class RunConfig(Settings):
     evaluation: EvaluationSection = Field(default_factory=EvaluationSection)
     split: dict[str, Any] = Field(description="Cases by role, groups, and where the split came from.")
 
+    @model_validator(mode="after")
+    def _inference_fits(self) -> RunConfig:
+        self.evaluation.inference.check(self.plan.patch_size)
+        return self
+
     @property
     def method_name(self) -> str:
         """Catalogue name of the method."""
@@ -128,4 +149,6 @@ class RunConfig(Settings):
 
 
 # What does not change the result, and may therefore differ when a run is resumed.
-IRRELEVANT_KEYS = frozenset({"data.workers", "data.store", "training.device", "training.log_every"})
+IRRELEVANT_KEYS = frozenset(
+    {"data.workers", "data.store", "training.device", "training.log_every", "evaluation.inference.batch"}
+)

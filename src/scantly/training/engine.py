@@ -251,6 +251,7 @@ class Engine:
                 plan=self.config.plan,
                 device=self.fabric.device,
                 folder=folder,
+                inference=self.config.evaluation.inference,
             )
         self.fabric.barrier()
         return PseudoLabels.open(folder)
@@ -308,6 +309,7 @@ class Engine:
             plan=self.config.plan,
             device=self.fabric.device,
             autocast=self._autocast(),
+            inference=self.config.evaluation.inference,
         )
         if loop.log is not None:
             loop.log.write(self.iteration, loop.span.stage.name, values)
@@ -368,6 +370,7 @@ class Engine:
             plan=self.config.plan,
             method=self.config.method_name,
             configuration=self.config.method_settings,
+            inference=self.config.evaluation.inference,
         )
 
     @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +13,8 @@ from scantly.errors import ImageError, RunError
 from scantly.evaluation import Convention, make_table, save_table, score_case, summarize
 from scantly.files import write_json
 from scantly.imaging import file_ending, geometry_difference, read_label, stem
-from scantly.inference.predict import Predictor, write_prediction
+from scantly.inference.outputs import write_prediction
+from scantly.inference.predict import Predictor
 from scantly.training.progress import ProgressLine
 from scantly.training.run import Run
 
@@ -23,13 +24,22 @@ if TYPE_CHECKING:
 __all__ = ["evaluate_folders", "evaluate_run"]
 
 
-def evaluate_run(run: Run, split: str | None = None, *, device: str = "auto") -> dict[str, Any]:
+def evaluate_run(
+    run: Run,
+    split: str | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "32",
+    inference: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
     """Predict the cases of a split with ``model.safetensors`` and score them on their original grids.
 
     Args:
         run: A finished run.
         split: ``val`` or ``test``; ``None``: test where there is one, else val.
         device: ``auto``, ``cpu`` or ``cuda``.
+        precision: ``32`` or ``bf16``.
+        inference: Settings that replace those of the run's ``evaluation.inference``, by name.
 
     Returns:
         The summary, also written to ``evaluation/<split>.json``; the table goes to ``evaluation/<split>.csv``.
@@ -51,7 +61,7 @@ def evaluate_run(run: Run, split: str | None = None, *, device: str = "auto") ->
             "--split test, or train with --set evaluation.selection=last."
         )
     dataset = Dataset.open(Path(config.data.dataset))
-    predictor = Predictor.load(run.folder, device=device)
+    predictor = Predictor.load(run.folder, device=device, precision=precision, inference=inference)
     rows: list[dict[str, Any]] = []
     with ProgressLine(f"evaluating {chosen}", len(names)) as line:
         for done, name in enumerate(names, start=1):
@@ -78,6 +88,7 @@ def evaluate_run(run: Run, split: str | None = None, *, device: str = "auto") ->
         "labeled": config.data.labeled,
         "seed": config.training.seed,
         "steps": config.training.steps,
+        "inference": {**predictor.settings.to_dict(), "precision": predictor.precision},
         **summarize(table, protocol=config.evaluation.protocol, convention=config.evaluation.protocol),
     }
     save_table(table, run.folder / "evaluation" / f"{chosen}.csv")
@@ -139,7 +150,9 @@ def _pairs(predictions: Path, labels: Path) -> dict[str, tuple[Path, Path]]:
         found[str(folder)] = {
             stem(file): file
             for file in sorted(folder.iterdir())
-            if file_ending(file) and not file.name.startswith(".") and not stem(file).endswith("_uncertainty")
+            if file_ending(file)
+            and not file.name.startswith(".")
+            and not stem(file).endswith(("_uncertainty", "_probabilities"))
         }
         if not found[str(folder)]:
             raise ImageError(f"{folder} holds no label maps; give the folder that holds them.")

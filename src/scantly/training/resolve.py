@@ -12,9 +12,11 @@ from typing import Any
 
 import yaml
 
+from scantly import networks
 from scantly.data.dataset import Dataset
 from scantly.data.plan import Plan, make_plan
 from scantly.data.splits import resolve_split
+from scantly.data.topology import default_network
 from scantly.errors import ConfigError, unknown_name
 from scantly.files import read_yaml
 from scantly.methods import catalogue
@@ -243,7 +245,10 @@ def _build(dataset_path: Path, recipe: str | None, kind: str, merged: Mapping[st
             f"method '{name}' learns from unlabeled cases, but all {len(split.labeled)} training cases are labeled; "
             "give --labeled N to hide the labels of the others, or choose --method supervised."
         )
-    plan = make_plan(dataset, split, dims=sections["plan"].get("spatial_dims"), overrides=sections["plan"])
+    plan = make_plan(
+        dataset, split, dims=sections["plan"].get("spatial_dims"), overrides=sections["plan"], network=network.name
+    )
+    network = _planned_network(network, plan)
     if method_class.uses_unlabeled and plan.unlabeled_batch_size == 0:
         raise ConfigError(f"method '{name}' needs unlabeled rows; set plan.unlabeled_batch_size to 1 or more.")
     if evaluation.selection == "auto":
@@ -264,3 +269,29 @@ def _build(dataset_path: Path, recipe: str | None, kind: str, merged: Mapping[st
         evaluation=evaluation,
         split=split.to_dict(),
     )
+
+
+def _planned_network(network: NetworkSection, plan: Plan) -> NetworkSection:
+    """The network by its own name, with what the plan says about it.
+
+    Raises:
+        ConfigError: if it does not exist, does not take the arguments, or the patch does not fit it.
+    """
+    name = default_network(plan.spatial_dims, plan.kernel_sizes) if network.name == "auto" else network.name
+    arguments = dict(network.arguments)
+    if name == "dynunet" and plan.kernel_sizes and plan.strides:
+        planned = {"kernel_sizes": plan.kernel_sizes, "strides": plan.strides}
+        arguments = {key: [list(level) for level in levels] for key, levels in planned.items()} | arguments
+    factors = networks.side_factors(name, spatial_dims=plan.spatial_dims, arguments=arguments)
+    if factors is not None and any(side % n for side, n in zip(plan.patch_size, factors, strict=True)):
+        fitting = [max(1, round(side / n)) * n for side, n in zip(plan.patch_size, factors, strict=True)]
+        size = " ".join(str(side) for side in [*fitting[-2:], *fitting[:-2]])
+        raise ConfigError(
+            f"the patch {_times(plan.patch_size)} does not fit network {name}, whose sides must be divisible by "
+            f"{_times(factors)}; use --size {size}, or another network.name."
+        )
+    return network.model_copy(update={"name": name, "arguments": arguments})
+
+
+def _times(sides: Sequence[int]) -> str:
+    return " x ".join(str(side) for side in sides)

@@ -14,6 +14,8 @@ from scantly.data.plan import Plan
 from scantly.data.pseudo_labels import PseudoLabels
 from scantly.data.store import Store
 from scantly.errors import ConfigError
+from scantly.inference.original import most_probable
+from scantly.inference.settings import DEFAULT_INFERENCE, InferenceSettings
 from scantly.inference.windows import predict_array
 from scantly.methods.base import Stage
 
@@ -100,7 +102,14 @@ class evaluation_mode:  # noqa: N801 - a context manager, used like a function
 
 
 def relabel(
-    network: nn.Module, cases: Sequence[str], *, store: Store, plan: Plan, device: torch.device, folder: Path
+    network: nn.Module,
+    cases: Sequence[str],
+    *,
+    store: Store,
+    plan: Plan,
+    device: torch.device,
+    folder: Path,
+    inference: InferenceSettings = DEFAULT_INFERENCE,
 ) -> PseudoLabels:
     """Predict the unlabeled pool, one case at a time, and write the label maps.
 
@@ -111,13 +120,19 @@ def relabel(
         plan: How they were prepared.
         device: Where the network is.
         folder: Where the maps go, one file per case, each written atomically.
+        inference: How whole scans are predicted; the choice of components is for reported label maps alone.
     """
     written = PseudoLabels(folder)
     with evaluation_mode(network):
         for case in cases:
             image = store.read_image(case, _WHOLE)
             probs = predict_array(
-                network, image, spatial_dims=plan.spatial_dims, patch_size=plan.patch_size, device=device
+                network,
+                image,
+                spatial_dims=plan.spatial_dims,
+                patch_size=plan.patch_size,
+                device=device,
+                settings=inference,
             )
-            written.write(case, probs.argmax(0).astype("uint8"))
+            written.write(case, most_probable(probs))
     return written

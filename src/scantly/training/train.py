@@ -21,6 +21,7 @@ from scantly.settings import parse
 from scantly.training.config import RunConfig
 from scantly.training.engine import Engine
 from scantly.training.environment import describe_environment
+from scantly.training.memory import check_memory
 from scantly.training.progress import ProgressLine
 from scantly.training.resolve import resolve
 from scantly.training.run import Run
@@ -118,6 +119,7 @@ def train_config(config: RunConfig, out: str | Path, *, resume: bool = False, qu
     device = select_device(settings.device)
     fabric = Fabric(accelerator=device.type, devices=settings.devices, num_nodes=settings.nodes)
     fabric.launch()
+    check_memory(config, fabric.device)
     with run.locked() if fabric.is_global_zero else nullcontext():
         torch.manual_seed(settings.seed)
         method = build_method(config)  # before anything is written: it may refuse network or settings

@@ -14,7 +14,8 @@ from scantly.data.dataset import Dataset
 from scantly.data.plan import Plan
 from scantly.data.store import Store
 from scantly.evaluation import dice_per_class
-from scantly.inference.predict import label_on_original_grid
+from scantly.inference.original import label_on_original_grid
+from scantly.inference.settings import DEFAULT_INFERENCE, InferenceSettings
 from scantly.inference.windows import predict_array
 from scantly.training.stages import evaluation_mode
 
@@ -30,6 +31,7 @@ def validate(
     plan: Plan,
     device: torch.device,
     autocast: AbstractContextManager[object],
+    inference: InferenceSettings = DEFAULT_INFERENCE,
 ) -> dict[str, float]:
     """Mean Dice over validation cases, per class and over classes, on each scan's original grid.
 
@@ -44,6 +46,7 @@ def validate(
         plan: How they were prepared.
         device: Where the network is.
         autocast: Precision context of the training.
+        inference: How whole scans are predicted, the same as after the training.
 
     Returns:
         ``{"val/dice": ..., "val/dice/<class>": ...}`` in [0, 1]; a class that is in no case is left out,
@@ -55,9 +58,15 @@ def validate(
             image = store.read_image(case, (slice(None), slice(None), slice(None)))
             with autocast:
                 probs = predict_array(
-                    network, image, spatial_dims=plan.spatial_dims, patch_size=plan.patch_size, device=device
+                    network,
+                    image,
+                    spatial_dims=plan.spatial_dims,
+                    patch_size=plan.patch_size,
+                    device=device,
+                    settings=inference,
                 )
-            labels = label_on_original_grid(probs, store.record(case), plan)
+            record, largest = store.record(case), inference.largest_component
+            labels = label_on_original_grid(probs, record, plan, largest_component=largest)
             rows.append(dice_per_class(labels, dataset.read_label(case).array, len(dataset.classes)))
     table = np.asarray(rows)
     counted = (~np.isnan(table)).any(axis=0)

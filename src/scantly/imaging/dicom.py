@@ -1,0 +1,281 @@
+"""DICOM series as scans: found in folders, chosen, and read with their geometry.
+
+Intensities are those the files mean: rescale slope and intercept are applied slice by slice. Inverted
+radiographs (MONOCHROME1) are turned, so that brighter is larger. Coding without loss is decoded (RLE, JPEG,
+JPEG-LS, JPEG 2000: by SimpleITK's GDCM); loss, color and everything that is not one regular grid is refused.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from scantly.errors import ImageError
+from scantly.imaging.decoding import decoding
+from scantly.imaging.dicom_files import Slice, is_dicom, lossy, read_headers, read_slices, reader_of
+from scantly.imaging.dicom_geometry import arrange
+from scantly.imaging.geometry import Geometry
+
+__all__ = ["Series", "choose_series", "find_cases", "find_series", "is_dicom", "read_series", "series_of_file"]
+
+_GRAY = ("MONOCHROME1", "MONOCHROME2")
+_RADIOGRAPHS = ("CR", "DX", "MG", "IO", "RF", "XA")
+_LISTED = 12
+
+
+@dataclass(frozen=True)
+class Series:
+    """One DICOM series: takes the place of a file's path where a scan is read.
+
+    Attributes:
+        folder: Where it was found (it may lie in subfolders), or its only file.
+        uid: SeriesInstanceUID.
+        slices: Headers of its images, in order of file name.
+    """
+
+    folder: Path
+    uid: str
+    slices: tuple[Slice, ...]
+
+    def __str__(self) -> str:
+        return f"{self.folder} (DICOM series {self.uid})"
+
+    def resolve(self) -> Path:
+        """The folder's path without links and ``..``, as :meth:`pathlib.Path.resolve`."""
+        return self.folder.resolve()
+
+    @property
+    def words(self) -> str:
+        """For lists of series: UID, modality, description, number of images."""
+        first = self.slices[0]
+        about = ", ".join(part for part in (first.modality, first.description) if part)
+        count = f"{len(self.slices)} image{'' if len(self.slices) == 1 else 's'}"
+        return f"{self.uid} ({', '.join(part for part in (about, count) if part)})"
+
+    @cached_property
+    def _arranged(self) -> tuple[list[Slice], Geometry]:
+        _require_usable(self)
+        return arrange(self.slices, str(self))
+
+    @property
+    def ordered(self) -> list[Slice]:
+        """The slices in the order of the array's first axis.
+
+        Raises:
+            ImageError: as :attr:`geometry`.
+        """
+        return self._arranged[0]
+
+    @property
+    def geometry(self) -> Geometry:
+        """The grid, from the headers alone.
+
+        Raises:
+            ImageError: if the series is no gray, losslessly stored volume of one patient on a regular grid.
+        """
+        return self._arranged[1]
+
+
+def find_series(folder: Path) -> list[Series]:
+    """All series below a folder, in order of UID; empty if there is none.
+
+    Hidden files, DICOMDIR, files that are not DICOM, localizers and objects that hold no scan are passed over
+    and counted in the log.
+
+    Raises:
+        ImageError: if the folder does not exist, or one of its DICOM files is empty, truncated or damaged.
+    """
+    if not folder.is_dir():
+        raise ImageError(f"{folder} is not a folder; give the folder that holds the DICOM files.")
+    return _group(folder, read_headers(folder))
+
+
+def series_of_file(path: Path) -> Series:
+    """A file that is a whole scan by itself: a multi-frame file, or an image without position (a radiograph).
+
+    Raises:
+        ImageError: if it is one slice of a volume, or no scan.
+    """
+    slices = read_slices(path)
+    if not slices:
+        raise ImageError(f"{path} is a DICOM object that holds no scan; give the folder of the scan's series.")
+    if len(slices) == 1 and slices[0].position is not None:
+        raise ImageError(f"{path} is one slice of a DICOM series; give the folder that holds the whole series.")
+    return Series(path, slices[0].series_uid, tuple(slices))
+
+
+def choose_series(folder: Path, found: Sequence[Series], uid: str | None) -> Series:
+    """The only series of a folder, or the one with this UID.
+
+    Args:
+        folder: What messages name.
+        found: From :func:`find_series`.
+        uid: SeriesInstanceUID; None if there is but one.
+
+    Raises:
+        ImageError: if there is none, several without ``uid``, or none with this UID.
+    """
+    if not found:
+        raise ImageError(f"{folder} holds no DICOM images; give the folder of a series.")
+    listed = "; ".join(series.words for series in found[:_LISTED]) + ("; ..." if len(found) > _LISTED else "")
+    if uid is not None:
+        chosen = [series for series in found if series.uid == uid]
+        if not chosen:
+            raise ImageError(f"{folder} has no DICOM series {uid}; choose one of: {listed}.")
+        return chosen[0]
+    if len(found) == 1:
+        return found[0]
+    patients = len({image.patient for series in found for image in series.slices})
+    if patients > 1:
+        raise ImageError(
+            f"{folder} mixes DICOM series of {patients} patients; give each patient a folder of its own, or choose "
+            f"one series with predict --series UID: {listed}."
+        )
+    raise ImageError(
+        f"{folder} holds {len(found)} DICOM series; choose one with predict --series UID, or move the others to "
+        f"another folder: {listed}."
+    )
+
+
+def find_cases(folder: Path, *, series: str | None = None, collection: bool = False) -> dict[str, Series]:
+    """Cases of a folder of DICOM files.
+
+    A folder that holds one series (in whatever subfolders), or that has DICOM files directly in it, is one
+    case, named after the folder; so is the series chosen by ``series``. Otherwise each direct subfolder that
+    holds a series is a case, named after the subfolder. Subfolders that share a study are no cases but several
+    series of one patient, of which one must be chosen.
+
+    Args:
+        folder: Searched with its subfolders.
+        series: UID of the series to take.
+        collection: The subfolders are the cases even if there is only one.
+
+    Returns:
+        Case name -> series, in order of name; empty if the folder holds no DICOM scan.
+
+    Raises:
+        ImageError: if a case has several series, or its series cannot be used (:attr:`Series.geometry`).
+    """
+    found = find_series(folder)
+    if not found and series is None:
+        return {}
+    parts: dict[str, list[Slice]] = defaultdict(list)
+    direct = False
+    for image in (image for one in found for image in one.slices):
+        inside = image.path.relative_to(folder).parts
+        direct |= len(inside) == 1
+        parts[inside[0]].append(image)
+    if series is not None or direct or (len(found) == 1 and not collection) or _share_study(parts.values()):
+        cases = {folder.resolve().name: choose_series(folder, found, series)}
+    else:
+        cases = {
+            name: choose_series(folder / name, _group(folder / name, slices), None)
+            for name, slices in sorted(parts.items())
+        }
+    for case in cases.values():
+        _ = case.geometry  # refused now, not after hours of other cases
+    return cases
+
+
+def read_series(series: Series) -> tuple[NDArray[np.float32], Geometry]:
+    """Read the voxels of a series.
+
+    Args:
+        series: From :func:`find_series` or :func:`find_cases`.
+
+    Returns:
+        Array (1, D, H, W) float32 = (channel, slice in ascending order along the normal, row, column) in rescaled
+        units (CT: HU), and its grid: RAS+ affine as for NIfTI, so that a NIfTI file written on it lies where the
+        series does.
+
+    Raises:
+        ImageError: if the series is no regular gray volume stored without loss, or a file cannot be decoded.
+    """
+    geometry = series.geometry
+    array = np.empty((1, *geometry.shape), np.float32)
+    decoded: tuple[Path, NDArray[Any]] | None = None
+    for index, image in enumerate(series.ordered):
+        if decoded is None or decoded[0] != image.path:
+            decoded = image.path, _decode(image.path)
+        frames = decoded[1]
+        if image.frame >= len(frames) or frames[image.frame].shape != image.shape:
+            raise ImageError(
+                f"{image.path} decodes to an image of {frames.shape} (frames, rows, columns), not what its header "
+                "says; fetch or export it again."
+            )
+        array[0, index] = frames[image.frame]
+    return array, geometry
+
+
+def _decode(path: Path) -> NDArray[Any]:
+    """(frames, rows, columns), rescaled by GDCM in double precision where the factors are not whole."""
+    import SimpleITK
+
+    with decoding(path, "DICOM image"):
+        array: NDArray[Any] = SimpleITK.GetArrayFromImage(reader_of(path).Execute())
+        return array
+
+
+def _group(folder: Path, slices: Iterable[Slice]) -> list[Series]:
+    by_uid: dict[str, list[Slice]] = defaultdict(list)
+    for image in slices:
+        by_uid[image.series_uid].append(image)
+    return [Series(folder, uid, tuple(images)) for uid, images in sorted(by_uid.items())]
+
+
+def _share_study(parts: Iterable[Sequence[Slice]]) -> bool:
+    """Whether two subfolders hold images of one study of one patient."""
+    seen: set[tuple[str, str]] = set()
+    for studies in ({(image.patient, image.study_uid) for image in images} for images in parts):
+        if seen & studies:
+            return True
+        seen |= studies
+    return False
+
+
+def _require_usable(series: Series) -> None:
+    """Refuse what is no gray volume of one patient, stored without loss."""
+    patients = len({image.patient for image in series.slices})
+    if patients > 1:
+        raise ImageError(
+            f"{series} mixes images of {patients} patients under one series UID; separate them, each in a folder and "
+            "series of its own."
+        )
+    files: Mapping[Path, Slice] = {image.path: image for image in series.slices}
+    for path, image in files.items():
+        if image.samples != 1 or image.photometric not in _GRAY:
+            raise ImageError(
+                f"{path} holds color ({image.photometric or 'unknown'}, {image.samples} samples per pixel), a scan is "
+                "gray (MONOCHROME2); choose another series or convert the pictures to PNG."
+            )
+        reason = lossy(image)
+        if reason:
+            raise ImageError(
+                f"{path} is compressed with loss ({reason}); fetch the original from the archive, or convert the "
+                "series to NIfTI if the loss is acceptable."
+            )
+        if image.photometric == "MONOCHROME1" and image.modality not in _RADIOGRAPHS:
+            raise ImageError(
+                f"{path} is an inverted {image.modality or 'unknown'} image (MONOCHROME1), whose values have no sure "
+                "meaning; export the series as MONOCHROME2."
+            )
+    _require_one_scale_per_file(series)
+
+
+def _require_one_scale_per_file(series: Series) -> None:
+    """Files may differ in rescale slope and intercept, the frames of one file may not: GDCM applies one pair."""
+    scales: dict[Path, tuple[float, float]] = {}
+    for image in series.slices:
+        known = scales.setdefault(image.path, image.scale)
+        if known != image.scale:
+            raise ImageError(
+                f"{image.path} has frames of different rescale slope and intercept ({known} and {image.scale}); "
+                "export it as single slices or convert it to NIfTI."
+            )

@@ -1,0 +1,90 @@
+"""Which scans of an interrupted prediction are done, so that the same command goes on with the others."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from scantly.errors import ConfigError
+from scantly.files import digest, read_json, write_json
+from scantly.imaging.volumes import Source
+
+__all__ = ["Journal", "state_of"]
+
+_LOGGER = logging.getLogger("scantly")
+_SECONDS_BETWEEN_WRITES = 1.0
+
+
+class Journal:
+    """A small file beside the predictions while they are not complete; it is removed with the last of them.
+
+    A scan is done if it was predicted under the same key, its files have the size and time of change that they
+    had then, and its outputs are there. A prediction that came to its end leaves no journal: the same command
+    then predicts everything again.
+
+    Args:
+        folder: Where the predictions are.
+        key: Stands for model, settings and everything else that shapes a prediction.
+    """
+
+    NAME = ".scantly-predictions.json"
+
+    def __init__(self, folder: Path, key: str) -> None:
+        self._path = folder / self.NAME
+        self._key = key
+        self._done: dict[str, str] = {}
+        self._written_at = -_SECONDS_BETWEEN_WRITES
+        if self._path.is_file():
+            found = read_json(self._path)
+            if not isinstance(found, dict) or not isinstance(found.get("done"), dict):
+                raise ConfigError(f"{self._path} does not list predictions; remove it, and all scans are predicted.")
+            if found.get("key") == key:
+                self._done = found["done"]
+            else:
+                _LOGGER.info("%s holds predictions of another model or other settings; all are made again", folder)
+
+    def holds(self, case: str, state: str, outputs: Iterable[Path]) -> bool:
+        """Whether a scan needs no prediction.
+
+        Args:
+            case: Its name.
+            state: Of its files, see :func:`state_of`.
+            outputs: What the prediction writes.
+        """
+        return self._done.get(case) == state and all(path.is_file() for path in outputs)
+
+    def add(self, case: str, state: str) -> None:
+        """Note a scan whose outputs are written; ``state`` is that of before the prediction."""
+        self._done[case] = state
+        if time.monotonic() - self._written_at >= _SECONDS_BETWEEN_WRITES:
+            self.save()
+
+    def save(self) -> None:
+        """Write the journal, unless there is nothing in it."""
+        if self._done:
+            write_json(self._path, {"key": self._key, "done": self._done})
+            self._written_at = time.monotonic()
+
+    def finish(self) -> None:
+        """All scans are done."""
+        self._path.unlink(missing_ok=True)
+
+
+def state_of(sources: Sequence[Source]) -> str:
+    """Check sum of path, size and time of change of every file of a scan."""
+    files = [
+        file
+        for source in sources
+        for file in ([source] if isinstance(source, Path) else [part.path for part in source.slices])
+    ]
+    return digest([_stamp(file) for file in files])
+
+
+def _stamp(file: Path) -> list[str | int]:
+    try:
+        found = file.stat()
+    except OSError:  # gone meanwhile: whoever reads it says so
+        return [str(file.resolve())]
+    return [str(file.resolve()), found.st_size, found.st_mtime_ns]
