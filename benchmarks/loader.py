@@ -26,9 +26,9 @@ from _common import write_result
 from scipy import ndimage
 
 from scantly.data.batches import BatchSource, make_loader
+from scantly.data.build import build_store
 from scantly.data.dataset import Dataset
 from scantly.data.plan import Plan
-from scantly.data.store import build_store
 
 
 def write_cohort(root: Path, volumes: int, labeled: int) -> Dataset:

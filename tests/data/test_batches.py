@@ -19,9 +19,10 @@ from hypothesis import strategies as st
 from small_datasets import write_dataset
 
 from scantly.data.batches import BatchSource, RawBatch, make_loader
+from scantly.data.build import build_store
 from scantly.data.plan import Plan
 from scantly.data.pseudo_labels import PseudoLabels
-from scantly.data.store import Store, build_store
+from scantly.data.store import Store
 from scantly.errors import ConfigError, DatasetError
 
 NAMES = ("a", "b", "c", "d", "e", "f")

@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from small_datasets import write_dataset
 
 from scantly.data.batches import BatchSource
+from scantly.data.build import build_store
 from scantly.data.plan import Plan
-from scantly.data.store import Store, build_store
+from scantly.data.store import Store
 
 SHAPES = {"a": (20, 30, 24), "b": (20, 24, 40), "c": (17, 18, 19), "d": (5, 60, 21)}
 

@@ -20,10 +20,11 @@ from small_datasets import lps, save, write_dataset
 
 from scantly.data.arrays import DamagedArrayError
 from scantly.data.batches import BatchSource, make_loader
+from scantly.data.build import build_store
 from scantly.data.dataset import Dataset
 from scantly.data.frames import ArrayIndex
 from scantly.data.plan import Plan
-from scantly.data.store import Store, build_store
+from scantly.data.store import Store
 from scantly.errors import DatasetError, ImageError
 
 ALL = (slice(None), slice(None), slice(None))
@@ -97,7 +98,7 @@ import sys
 from pathlib import Path
 from scantly.data.dataset import Dataset
 from scantly.data.plan import Plan
-from scantly.data.store import build_store
+from scantly.data.build import build_store
 
 dataset, plan, root, labeled = sys.argv[1:]
 data = Dataset.open(dataset)

@@ -10,11 +10,11 @@ from scipy import ndimage
 
 from scantly import imaging
 from scantly.data.batches import BatchSource
+from scantly.data.build import build_store
 from scantly.data.dataset import Dataset
 from scantly.data.plan import make_plan
 from scantly.data.prepare import prepare, restore_label
 from scantly.data.splits import resolve_split
-from scantly.data.store import build_store
 
 pytestmark = pytest.mark.real
 

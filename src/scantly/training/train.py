@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 
+from scantly.data.build import build_store
 from scantly.data.dataset import Dataset
-from scantly.data.store import Store, build_store
+from scantly.data.store import Store
 from scantly.errors import RunError
 from scantly.inference.predict import select_device
 from scantly.methods import catalogue

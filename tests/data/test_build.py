@@ -17,10 +17,11 @@ from filelock import FileLock
 from small_datasets import lps, save, write_dataset
 
 from scantly.data.arrays import ArrayFolder, Recent, write_array
+from scantly.data.build import build_store
 from scantly.data.dataset import Dataset
 from scantly.data.plan import Plan
 from scantly.data.prepare import prepare, prepare_label, restore_label
-from scantly.data.store import Store, build_store
+from scantly.data.store import Store
 from scantly.errors import ConfigError, DatasetError, ImageError
 
 ALL = (slice(None), slice(None), slice(None))
@@ -193,7 +194,7 @@ def test_a_kill_between_array_and_sidecar_leaves_nothing_that_passes_for_whole(
 
     save(source, np.full((2, 16, 16), 3, dtype=np.float32), lps((1, 1, 1)))  # as many bytes when prepared
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr("scantly.data.store._write_sidecar", killed)
+        patch.setattr("scantly.data.build._write_sidecar", killed)
         build_store(dataset, ["a"], plan, **options)
     source.write_bytes(first)  # the earlier file comes back, to the byte and to the nanosecond
     os.utime(source, ns=times)
