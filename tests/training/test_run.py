@@ -98,6 +98,19 @@ def test_the_run_folder_holds_what_the_design_lists(config, tmp_path):
     assert not list(run.folder.rglob(".tmp-*"))
 
 
+def test_the_timing_of_a_run_weighs_each_line_of_the_log_by_its_iterations(tmp_path):
+    (tmp_path / "log").mkdir()
+    lines = ["iteration,stage,name,value"]
+    for iteration, seconds, wait in ((10, 1.0, 0.5), (12, 4.0, 0.0)):  # 10 s, half of it waiting; 8 s without
+        lines += [
+            f"{iteration},train,time/seconds_per_iteration,{seconds}",
+            f"{iteration},train,time/data_wait,{wait}",
+        ]
+    lines.insert(3, "11,train,val/dice,0.5")
+    (tmp_path / "log" / "metrics.csv").write_text("\n".join(lines) + "\n")
+    assert Run(tmp_path).timing() == pytest.approx((18 / 12, 5 / 18))
+
+
 def test_cases_that_chose_the_checkpoint_are_not_reported_on(config, tmp_path):
     run = train_config(config, tmp_path / "run", quiet=True)
     assert config.evaluation.selection == "best"

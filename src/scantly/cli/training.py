@@ -132,6 +132,8 @@ def _say_result(run: Run) -> None:
         f"trained {config.method_name}, {config.training.steps} iterations, on {len(split.labeled)} labeled "
         f"({units} {split.unit}{'' if units == 1 else 's'}){rest} cases"
     )
+    seconds, waited = run.timing()
+    say(f"{seconds:.3g} s per iteration, {waited:.1%} of it waiting for data")
     say(f"run folder: {run.folder}")
     say("next:")
     if split.test or (split.val and config.evaluation.selection != "best"):

@@ -93,6 +93,17 @@ class Run:
 
         return pd.read_csv(self.folder / "log" / "metrics.csv")
 
+    def timing(self) -> tuple[float, float]:
+        """Mean seconds per iteration, and the share of the training time (0 to 1) spent waiting for batches.
+
+        Validation and writing checkpoints do not count.
+        """
+        log = self.log().pivot_table(index="iteration", columns="name", values="value")
+        times = log[["time/seconds_per_iteration", "time/data_wait"]].dropna()
+        steps = times.index.to_series().diff().fillna(times.index[0])  # each line covers those since the one before
+        seconds = times["time/seconds_per_iteration"] * steps
+        return float(seconds.sum() / steps.sum()), float((seconds * times["time/data_wait"]).sum() / seconds.sum())
+
     def evaluation(self, split: str) -> pd.DataFrame | None:
         """Per-case table of a split; ``None`` if it was not evaluated."""
         from scantly.evaluation import load_table
