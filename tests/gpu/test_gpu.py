@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
+from scantly.inference.settings import InferenceSettings
+from scantly.inference.windows import predict_array
 from scantly.methods import catalogue
 from scantly.methods.base import Batch, Progress, Stage, Task
+from scantly.networks import build
 from scantly.settings import merge
 from scantly.training.config import TrainingSection
 from scantly.training.optimizers import TrainingHandles
@@ -17,11 +21,20 @@ from scantly.views import StrongConfig, WeakConfig, strong, weak
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 
 
+NETWORKS = {
+    "unet": (2, {"widths": [8, 16], "dropout": [0.1, 0.1]}),
+    "vnet": (3, {"widths": [8, 16]}),
+    "unet3d": (3, {"widths": [8, 16]}),
+    "dynunet": (3, {"kernel_sizes": [[1, 3, 3], [3, 3, 3]], "strides": [[1, 1, 1], [1, 2, 2]]}),
+}
+
+
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("dims", [2, 3])
+@pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.parametrize("name", [entry.name for entry in catalogue.CATALOGUE])
-def test_a_step_never_waits_for_the_device(name, dims, bf16):
-    task = Task(1, ("background", "a", "b"), dims, (32,) * dims, "unet", {"widths": [8, 16], "dropout": [0.1, 0.1]})
+def test_a_step_never_waits_for_the_device(name, network, bf16):
+    dims, arguments = NETWORKS[network]
+    task = Task(1, ("background", "a", "b"), dims, (32,) * dims, network, arguments)
     method_class = catalogue.load(name)
     method = method_class(task, method_class.Config()).cuda().train()
     method.generator = torch.Generator("cuda").manual_seed(0)
@@ -53,3 +66,23 @@ def test_a_run_on_the_gpu_learns_and_is_not_trained_twice(cohort, tiny, tmp_path
     losses = run.log().query("name == 'loss/supervised'")["value"]
     assert losses.iloc[-1] < losses.iloc[0]
     assert run.environment["device"] == "cuda"
+
+
+@pytest.mark.parametrize("window", ["gaussian", "uniform", "whole"])
+def test_windows_on_the_gpu_give_what_the_cpu_gives(window):
+    torch.manual_seed(0)
+    network = build("vnet", spatial_dims=3, in_channels=1, out_channels=2, arguments={"widths": [4, 8]}).eval()
+    array = np.random.default_rng(0).normal(size=(1, 40, 36, 44)).astype(np.float32)
+    settings = InferenceSettings(window=window)
+    probs = [
+        predict_array(
+            network.to(device),
+            array,
+            spatial_dims=3,
+            patch_size=(16, 16, 16),
+            device=torch.device(device),
+            settings=settings,
+        )
+        for device in ("cpu", "cuda")
+    ]
+    np.testing.assert_allclose(probs[0], probs[1], atol=2e-3)  # convolutions in TF32
