@@ -11,6 +11,7 @@ from types import TracebackType
 
 from typer.main import get_command
 
+from scantly.cli.allocator import keep_freed_memory
 from scantly.cli.app import app
 from scantly.cli.arguments import join_values, take_debug
 from scantly.cli.output import log_to_stderr, warn
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: always. Status 0; 2 for what the user can mend. An exception that no user can mend passes
             through; the interpreter then prints a request to report it and exits with status 1.
     """
+    keep_freed_memory()
     words, debug = take_debug(sys.argv[1:] if arguments is None else arguments)
     if not debug:
         sys.excepthook = _report_fault
