@@ -16,7 +16,6 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -122,15 +121,16 @@ def measure_memory(arguments: argparse.Namespace) -> dict[str, Any]:
     return found
 
 
-def agreement(folder: Path, count: int, split: str, settings: Mapping[str, InferenceSettings]) -> dict[str, Any]:
-    """Dice per case of a trained run with each kind of windows, and of their label maps with each other."""
+def agreement(folder: Path, count: int, split: str, window: tuple[int, ...]) -> dict[str, Any]:
+    """Dice per case of a trained run in each mode, and of their label maps with those of the literature's grid."""
     run = Run.open(folder)
     dataset = Dataset.open(Path(run.settings.data.dataset))
     names = list(getattr(run.split, split))[:count]
-    predictors = {
-        name: Predictor.load(folder, inference={"window": value.window, **value.model_dump(exclude_defaults=True)})
-        for name, value in settings.items()
-    }
+    predictors = {}
+    for name, (settings, precision) in MODES.items():
+        sides = {} if settings.window == "whole" else {"patch_size": window}
+        values = {"window": settings.window, **settings.model_dump(exclude_defaults=True), **sides}
+        predictors[name] = Predictor.load(folder, precision=precision, inference=values)
     classes = len(dataset.classes)
     rows = []
     for name in names:
@@ -138,12 +138,12 @@ def agreement(folder: Path, count: int, split: str, settings: Mapping[str, Infer
         reference = dataset.read_label(name).array
         labels = {mode: predictor.predict(case.images).labels for mode, predictor in predictors.items()}
         dice = {mode: float(np.nanmean(dice_per_class(found, reference, classes))) for mode, found in labels.items()}
-        first, *others = settings
+        first, *others = MODES
         between = {mode: float(np.nanmean(dice_per_class(labels[mode], labels[first], classes))) for mode in others}
         rows.append({"case": name, "dice": dice, f"dice with {first}": between})
         print(json.dumps(rows[-1]), flush=True)
-    means = {mode: statistics.mean(row["dice"][mode] for row in rows) for mode in settings}
-    return {"run": folder.name, "split": split, "cases": rows, "mean_dice": means}
+    means = {mode: statistics.mean(row["dice"][mode] for row in rows) for mode in MODES}
+    return {"run": folder.name, "window_zyx": window, "split": split, "cases": rows, "mean_dice": means}
 
 
 def triple(sides: list[int]) -> tuple[int, ...]:
@@ -169,8 +169,7 @@ def main() -> None:
         print(json.dumps(memory_of(arguments.memory_of, volume, patch)))
         return
     if arguments.run:
-        modes = {"literature": LITERATURE, "gaussian": GAUSSIAN, "whole": WHOLE}
-        result: dict[str, Any] = agreement(arguments.run, arguments.cases, arguments.split, modes)
+        result: dict[str, Any] = agreement(arguments.run, arguments.cases, arguments.split, patch)
         print(json.dumps(result["mean_dice"], indent=2))
     else:
         result = measure(volume, patch, arguments)

@@ -289,7 +289,7 @@ def test_isotropic_volumes_have_kernels_of_three(tmp_path: Path) -> None:
     assert "1.0 times longer than wide (flat kernels: 2 or more), so" in plan.reasons["kernel_sizes"]
     assert "network.name auto is vnet" in plan.reasons["kernel_sizes"]
     resized = make_plan(dataset_of(tmp_path / "b", (32, 32, 32), (9, 1, 1)), split(["a"]), overrides={"size": [32] * 3})
-    assert "size is not known" in resized.reasons["kernel_sizes"]
+    assert "resized to one grid" in resized.reasons["kernel_sizes"]
 
 
 def test_a_named_network_gets_a_patch_that_it_can_halve_four_times(tmp_path: Path) -> None:

@@ -144,7 +144,7 @@ def test_a_damaged_chunk_is_found_when_read_and_the_case_made_again(
     flip(path, int(index.starts[2]) + 40 if region == "chunk" else len(content) - 60)
     store = build(dataset, tmp_path)  # of the same size: nothing to see from outside
     read = store.read_image if kind == "images" else store.read_label
-    with pytest.raises(DamagedArrayError, match=rf"^[^\n]*{kind}/b\.b2nd is damaged; [^\n]*the same command prepares"):
+    with pytest.raises(DamagedArrayError, match=rf"^[^\n]*{kind}/b\.b2nd is damaged; [^\n]*the next start"):
         read("b", ALL)
     others = {p: p.stat().st_mtime_ns for p in tmp_path.rglob("*.b2nd") if p != path}
     np.testing.assert_array_equal(build(dataset, tmp_path).read_image("a", ALL), store.read_image("a", ALL))
@@ -189,6 +189,15 @@ def test_an_error_of_the_disk_is_told(dataset: Dataset, tmp_path: Path, monkeypa
     monkeypatch.setattr("scantly.data.arrays._LocalFile.read", fails)
     with pytest.raises(DatasetError, match=r"cannot read .*images/a\.b2nd \(Input/output error\)"):
         store.read_image("a", ALL)
+
+
+def test_labels_without_any_foreground_are_refused(tmp_path: Path) -> None:
+    image = np.random.default_rng(0).normal(size=(1, 20, 20, 20))
+    nothing, full = np.zeros((20, 20, 20)), np.ones((20, 20, 20))
+    dataset = write_dataset(tmp_path / "d", {"a": (image, nothing), "b": (image, nothing), "c": (image, full)})
+    with pytest.raises(DatasetError, match=r"labels of a, b hold background alone.*annotate one"):
+        build_store(dataset, ["a", "b", "c"], plan_of(), root=tmp_path, with_labels=["a", "b"])
+    build_store(dataset, ["a", "b", "c"], plan_of(), root=tmp_path, with_labels=["a", "b", "c"])
 
 
 def test_an_all_background_label_trains_and_is_told_once(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

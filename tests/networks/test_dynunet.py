@@ -92,7 +92,7 @@ def test_a_topology_that_does_not_fit_is_refused(changes, message):
 def test_missing_topology_and_deep_supervision_elsewhere_are_refused():
     with pytest.raises(ConfigError, match=r"dynunet refuses network\.arguments .*kernel_sizes"):
         build("dynunet", spatial_dims=3, in_channels=1, out_channels=2)
-    with pytest.raises(ConfigError, match=r"network DynUNet .* choose network\.name dynunet"):
+    with pytest.raises(ConfigError, match=r"option of network dynunet, not of DynUNet"):
         build("DynUNet", spatial_dims=3, in_channels=1, out_channels=2, arguments={"deep_supervision": True})
 
 

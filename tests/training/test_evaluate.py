@@ -97,9 +97,17 @@ def test_the_runs_inference_settings_hold_in_validation_and_in_its_model(cohort,
     assert (kept.flips, kept.largest_component, kept.batch) == (True, True, None)
     trained.evaluate()
     assert trained.summary("test")["inference"] == {**kept.to_dict(), "precision": "32"}
-    evaluate_run(trained, precision="bf16", inference={"flips": False})
-    told = trained.summary("test")["inference"]
+    before = (trained.folder / "evaluation" / "test.json").read_bytes()
+    summary = evaluate_run(trained, precision="bf16", inference={"flips": False})
+    told = summary["inference"]
     assert (told["flips"], told["largest_component"], told["precision"]) == (False, True, "bf16")
+    # the run's result under its protocol stays what it is
+    assert summary["name"] == "test_flips-false_bf16"
+    assert (trained.folder / "evaluation" / "test.json").read_bytes() == before
+    assert trained.summary("test_flips-false_bf16") == summary
+    assert trained.evaluation("test_flips-false_bf16") is not None
+    evaluate_run(trained, inference={"flips": True})  # no change: the usual place
+    assert not (trained.folder / "evaluation" / "test_flips-true.json").exists()
 
 
 def test_relabeling_uses_the_runs_windows_but_keeps_all_components(tmp_path, monkeypatch):

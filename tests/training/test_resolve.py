@@ -158,7 +158,7 @@ def test_a_named_network_is_kept_and_takes_what_the_user_sets(cohort):
     ("size", "sets", "message"),
     [
         ([64, 64, 30], {}, r"side 30 is not divisible by 16.*use 16 or 32"),
-        ([64, 64, 8], {}, r"8 x 64 x 64 does not fit network vnet, .* 16 x 16 x 16; use --size 64 64 16"),
+        ([64, 64, 8], {}, r"8 x 64 x 64 do not fit network vnet, .* 16 x 16 x 16; use --size 64 64 16"),
         ([48, 64, 32], {"network": {"name": "vnet", "arguments": {"widths": [2] * 6}}}, r"--size 64 64 32"),
         ([64, 64, 32], {"network": {"arguments": {"width": 3}}}, "did you mean 'widths'"),
     ],
@@ -175,3 +175,16 @@ def test_sizes_of_the_literature_resolve(cohort, size):
         cohort, flags={"method": "supervised", "size": size}, sets={"plan": {"spatial_dims": 3, "spacing": [5, 5, 5]}}
     )
     assert list(config.plan.patch_size) == [size[2], size[0], size[1]]
+
+
+@pytest.mark.parametrize(("sides", "fits"), [([10, 10, 10], False), ([64, 64, 64], True)])
+def test_a_monai_network_that_cannot_take_the_patch_is_refused_beforehand(cohort, sides, fits):
+    sets = {
+        "plan": {"spatial_dims": 3, "spacing": [5, 5, 5], "patch_size": sides, "strides": None, "kernel_sizes": None},
+        "network": {"name": "SegResNet", "arguments": {"init_filters": 8}},
+    }
+    if not fits:
+        with pytest.raises(ConfigError, match=r"10 x 10 x 10 do not fit network SegResNet.*--size 64 64 64"):
+            resolve(cohort, flags={"method": "supervised"}, sets=sets)
+    else:
+        assert resolve(cohort, flags={"method": "supervised"}, sets=sets).network.name == "SegResNet"

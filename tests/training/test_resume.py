@@ -15,7 +15,7 @@ import torch
 from lightning.fabric import Fabric
 
 from scantly.data.dataset import Dataset
-from scantly.errors import RunError
+from scantly.errors import DatasetError, DeviceError, RunError
 from scantly.methods.base import Method, MethodConfig, Stage
 from scantly.settings import merge
 from scantly.training import checkpoint, engine
@@ -202,6 +202,37 @@ def test_the_best_weights_keep_the_score_that_is_theirs(cohort, tiny, tmp_path):
     resumed = engine.Engine(run, config, method, dataset=Dataset.open(cohort), store=store, fabric=fabric, quiet=True)
     resumed.fit()
     assert (resumed.best.value, resumed.best.iteration) == (0.99, 100)
+
+
+def test_damaged_data_end_the_run_with_what_was_trained_saved(cohort, tiny, tmp_path, monkeypatch):
+    config = configuration(cohort, merge(tiny, {"training": {"checkpoint_every": 12}}), "supervised", 0, tmp_path / "s")
+    whole = train_config(config, tmp_path / "whole", quiet=True)
+    original = engine.BatchSource.__getitem__
+
+    def damaged(self: Any, iteration: int) -> Any:
+        if iteration == 7:
+            raise DatasetError("a.b2nd is damaged.")
+        return original(self, iteration)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.BatchSource, "__getitem__", damaged)
+        with pytest.raises(DatasetError, match="is damaged"):
+            train_config(config, tmp_path / "run", quiet=True)
+    assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["iteration"] == 7
+    resumed = train_config(config, tmp_path / "run", resume=True, quiet=True)
+    assert resumed.model_path.read_bytes() == whole.model_path.read_bytes()
+
+
+def test_running_out_of_memory_on_the_cpu_is_told_with_the_cure(cohort, tiny, tmp_path, monkeypatch):
+    def full(*_: Any) -> Any:
+        raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes.")
+
+    config = configuration(cohort, tiny, "supervised", 0, tmp_path / "s")
+    for place in ("_batch", "_autocast"):
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.Engine, place, full)
+            with pytest.raises(DeviceError, match=r"too little memory for 2 \+ 0 rows .*--size"):
+                train_config(config, tmp_path / place, quiet=True)
 
 
 def test_a_checkpoint_of_another_kind_of_device_is_refused():

@@ -166,7 +166,7 @@ def evaluate(
 
         opened = Run.open(run)
         summary = evaluate_run(opened, split, device=device or "auto", precision=precision or "32", inference=settings)
-        place = opened.folder / "evaluation" / f"{summary['split']}.csv"
+        place = opened.folder / "evaluation" / f"{summary['name']}.csv"
     else:
         raise ConfigError(
             "evaluate takes a RUN (with --split), or --predictions and --labels together, nothing else; "
@@ -184,7 +184,7 @@ def _say_summary(summary: Mapping[str, Any]) -> None:
     definitions = _definitions()
     rows = [_row(name, scores) for name, scores in summary["classes"].items()]
     rows.append(_row("mean over classes", {**summary["overall"], "averaged": None}))
-    about = [str(summary[key]) for key in ("method", "split") if key in summary]
+    about = [str(summary[key]) for key in ("method", "name") if key in summary]
     title = " on ".join(about) or "predictions"
     say_table(
         ["class", *_heads(definitions), "n", "missed", "spurious"],

@@ -59,7 +59,7 @@ def train(
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option("--size", metavar="H W [D]", help="Patch in voxels; time and memory grow with its area."),
+        typer.Option("--size", metavar="H W [D]", help="Patch in voxels; time and memory grow with their number."),
     ] = None,
     device: Annotated[
         str | None,
@@ -77,7 +77,11 @@ def train(
     ] = None,
     workers: Annotated[
         int | None,
-        typer.Option("--workers", metavar="N", help="Loader processes; the result is the same. Default: 0."),
+        typer.Option(
+            "--workers",
+            metavar="N",
+            help="Loader processes, which do not change the result. Default: 0, on a GPU 4.",
+        ),
     ] = None,
     store: Annotated[
         Path | None,

@@ -87,6 +87,7 @@ def build_store(
 
     Raises:
         ConfigError: if the plan is for another number of channels.
+        DatasetError: if no labeled case has any foreground.
         DatasetError: if a case has the wrong number of channels, a label lies on another grid than its image
             (naming both), holds a value that is not in ``dataset.json``, or is missing.
         ImageError: if a file cannot be read or holds NaN.
@@ -133,6 +134,11 @@ def build_store(
 
 def _tell_empty(store: Store, labeled: Sequence[str]) -> None:
     empty = [name for name in labeled if not store.foreground(name)]
+    if empty and len(empty) == len(labeled):
+        raise DatasetError(
+            f"the label{'' if len(empty) == 1 else 's'} of {', '.join(empty[:8])} hold{'s' if len(empty) == 1 else ''} "
+            "background alone, and there is no other labeled case to learn from; annotate one, or give more --labeled."
+        )
     if empty:
         more = f" and {len(empty) - 8} more" if len(empty) > 8 else ""
         log.warning(

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 
 from scantly.errors import RunError
 
-__all__ = ["available_memory", "in_order", "worker_count"]
+__all__ = ["available_memory", "in_order", "total_memory", "worker_count"]
 
 #: Share of the free memory that all workers together may fill.
 _MEMORY_SHARE = 0.6
@@ -50,28 +50,37 @@ def worker_count(wanted: int | None, jobs: int, bytes_per_job: int = 0) -> int:
 
 
 def available_memory() -> int | None:
-    """Bytes that can be used without swapping: what the kernel calls available, or what the container's limit leaves.
+    """Bytes that can be used without swapping: what the kernel calls available, or what a container's limit leaves.
 
     ``None`` where the system does not say.
     """
-    found = [value for value in (_kernel_available(), _container_left()) if value is not None]
+    lines = _read(Path("/proc/meminfo")).splitlines()
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for folder, limit in _container_limits():
+        used = _read(folder / "memory.current").strip()
+        if used.isdecimal():
+            counts = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
+            found.append(max(0, limit - int(used) + int(counts.get("inactive_file", 0))))
     return min(found, default=None)
 
 
-def _kernel_available() -> int | None:
+def total_memory() -> int | None:
+    """All memory that this process could ever have, in bytes: the machine's, or a container's limit if that is less."""
     lines = _read(Path("/proc/meminfo")).splitlines()
-    return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    found = [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemTotal:")]
+    if not found and "SC_PHYS_PAGES" in os.sysconf_names:
+        found.append(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+    return min([*found, *(limit for _, limit in _container_limits())], default=None)
 
 
-def _container_left() -> int | None:
-    """Limit of the control group (version 2) less what is used and cannot be reclaimed."""
+def _container_limits() -> list[tuple[Path, int]]:
+    """Limits of this process's control group (version 2) and of those above it, which hold for it as well."""
     own = next((line[3:] for line in _read(Path("/proc/self/cgroup")).splitlines() if line.startswith("0::")), "/")
-    folder = Path("/sys/fs/cgroup") / own.lstrip("/")
-    limit, used = _read(folder / "memory.max").strip(), _read(folder / "memory.current").strip()
-    if not (limit.isdecimal() and used.isdecimal()):
-        return None
-    counts = dict(line.split() for line in _read(folder / "memory.stat").splitlines())
-    return max(0, int(limit) - int(used) + int(counts.get("inactive_file", 0)))
+    root = Path("/sys/fs/cgroup")
+    group = root / own.lstrip("/")
+    folders = [folder for folder in (group, *group.parents) if folder.is_relative_to(root)]
+    texts = [(folder, _read(folder / "memory.max").strip()) for folder in folders]
+    return [(folder, int(text)) for folder, text in texts if text.isdecimal()]
 
 
 def _read(path: Path) -> str:

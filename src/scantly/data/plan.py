@@ -312,8 +312,10 @@ class _Choices:
                 f"{voxel} (2 or more): kernels are flat across the long side on {flat} of {depth} levels, until the "
                 "planes are within a factor of 2"
             )
-        elif self._grid().spacing is None:
+        elif self._grid().spacing is None and not self.found.spacing_known:
             reason = "the voxels' size is not known, so kernels have the same sides"
+        elif self._grid().size is not None:
+            reason = "every case is resized to one grid, so kernels have the same sides"
         else:
             reason = f"{voxel} (flat kernels: 2 or more), so kernels have the same sides"
         reason += f"; network.name auto is {default_network(len(patch), topology.kernel_sizes)}"
@@ -341,8 +343,10 @@ class _Choices:
     def _lengths(self) -> tuple[float, ...]:
         """Size of a prepared voxel per axis; equal where it is not known."""
         grid = self._grid()
-        spacing = grid.spacing or (1.0, 1.0, 1.0)
-        return spacing[3 - grid.spatial_dims :]
+        spacing = grid.spacing
+        if spacing is None and grid.size is None and self.found.spacing_known:
+            spacing = self.found.median_spacing
+        return (spacing or (1.0, 1.0, 1.0))[3 - grid.spatial_dims :]
 
     def _planned_network(self) -> str:
         """The network that will be built, before kernels are planned for its patch."""

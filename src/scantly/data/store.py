@@ -135,7 +135,8 @@ class Store:
             except OSError:  # a store that only others may write to
                 raise error from None
             raise DamagedArrayError(
-                f"{path} is damaged; remove it or leave it: the same command prepares this case again."
+                f"{path} is damaged; remove it or leave it: the next start, a training with --resume, prepares this "
+                "case again."
             ) from None
 
     def _entry(self, case: str) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from scantly.errors import ConfigError, unknown_name
 
-__all__ = ["build", "known_networks", "side_factors"]
+__all__ = ["build", "check_sides", "known_networks", "side_factors"]
 
 #: Name -> module and class; imported when asked for, since ``dynunet`` needs MONAI, which takes long to import.
 _OURS = {"unet": "unet:UNet", "unet3d": "unet:UNet3D", "vnet": "vnet:VNet", "dynunet": "dynunet:DynUNet"}
@@ -70,15 +70,15 @@ def build(
     """
     network = _find(name)
     extra = dict(arguments or {})
+    if extra.get("deep_supervision") and name != "dynunet":
+        raise ConfigError(
+            f"deep_supervision is an option of network dynunet, not of {name}; leave it out or take --set "
+            "network.name=dynunet."
+        )
     known = [key for key in inspect.signature(network).parameters if key not in {"self", "spatial_dims"}]
     for key in extra:
         if key not in known:
             raise ConfigError(unknown_name(f"argument of network {name}", key, known))
-    if extra.get("deep_supervision") and name not in _OURS:
-        raise ConfigError(
-            f"network {name} gives coarser logits in a form of its own; for deep_supervision choose network.name "
-            "dynunet."
-        )
     try:
         return network(spatial_dims=spatial_dims, in_channels=in_channels, out_channels=out_channels, **extra)
     except (TypeError, ValueError, IndexError, AssertionError) as error:
@@ -110,3 +110,54 @@ def side_factors(
         network = build(name, spatial_dims=spatial_dims, in_channels=1, out_channels=2, arguments=arguments)
     factors: tuple[int, ...] = network.factors  # type: ignore[assignment]
     return factors
+
+
+def check_sides(
+    name: str, sides: Sequence[int], *, in_channels: int = 1, arguments: Mapping[str, Any] | None = None
+) -> None:
+    """Refuse images that the network cannot take, before any is there.
+
+    Ours say what their sides must be divisible by. MONAI's are run on tensors without data: if the sides fail and
+    larger multiples of 32 do not, they are refused; a network that cannot run without data is not judged.
+
+    Args:
+        name: As for :func:`build`.
+        sides: Of the images, ``(H, W)`` or ``(D, H, W)``.
+        in_channels: Image channels.
+        arguments: As for :func:`build`.
+
+    Raises:
+        ConfigError: naming sides that fit.
+    """
+    dims: Literal[2, 3] = 2 if len(sides) == 2 else 3
+    factors = side_factors(name, spatial_dims=dims, arguments=arguments)
+    if factors is not None:
+        if all(side % factor == 0 for side, factor in zip(sides, factors, strict=True)):
+            return
+        fitting = [max(1, round(side / factor)) * factor for side, factor in zip(sides, factors, strict=True)]
+        why = f"takes sides divisible by {_times(factors)}"
+    else:
+        fitting = [max(64, -(-side // 32) * 32) for side in sides]
+        if _runs(name, sides, in_channels, arguments) or not _runs(name, fitting, in_channels, arguments):
+            return
+        why = "cannot take them"
+    size = " ".join(str(side) for side in [*fitting[-2:], *fitting[:-2]])
+    raise ConfigError(
+        f"sides of {_times(sides)} do not fit network {name}, which {why}; use --size {size}, or another network.name."
+    )
+
+
+def _runs(name: str, sides: Sequence[int], in_channels: int, arguments: Mapping[str, Any] | None) -> bool:
+    """Whether the network takes such images, tried without data."""
+    dims: Literal[2, 3] = 2 if len(sides) == 2 else 3
+    with torch.device("meta"), torch.no_grad():
+        network = build(name, spatial_dims=dims, in_channels=in_channels, out_channels=2, arguments=arguments)
+        try:
+            network.eval()(torch.empty(1, in_channels, *sides))
+        except (RuntimeError, ValueError, AssertionError):
+            return False
+    return True
+
+
+def _times(sides: Sequence[int]) -> str:
+    return " x ".join(str(side) for side in sides)

@@ -21,7 +21,8 @@ from scantly.data.batches import BatchSource, RawBatch, make_loader
 from scantly.data.dataset import Dataset
 from scantly.data.pseudo_labels import PseudoLabels
 from scantly.data.store import Store
-from scantly.errors import DeviceError, RunError
+from scantly.errors import DeviceError, RunError, ScantlyError
+from scantly.inference.memory import is_out_of_memory
 from scantly.inference.model import save_model
 from scantly.methods.base import Batch, Method, Progress
 from scantly.training.checkpoint import capture_rng, load_checkpoint, restore_rng, save_checkpoint
@@ -146,7 +147,7 @@ class Engine:
         loop = _Loop(span, handles, log, line)
         while self.iteration < span.stop:
             asked = time.monotonic()
-            raw = next(batches)
+            raw = self._next(batches, loop)
             loop.waited += time.monotonic() - asked
             handles.set_iteration(self.iteration - first)
             terms = self._step(raw, span, handles)
@@ -157,6 +158,15 @@ class Engine:
 
     _previous_optimizers: dict[str, Any] | None = None
 
+    def _next(self, batches: Iterator[RawBatch], loop: _Loop) -> RawBatch:
+        """The next batch; if its files are damaged, what was trained so far is saved first."""
+        try:
+            return next(batches)
+        except ScantlyError:
+            if self.iteration > loop.span.start:
+                self._save(loop)
+            raise
+
     def _step(self, raw: RawBatch, span: StageSpan, handles: TrainingHandles) -> dict[str, Tensor]:
         progress = Progress(
             iteration=self.iteration - span.start,
@@ -165,16 +175,17 @@ class Engine:
             run_iteration=self.iteration,
             run_total=self.config.training.steps,
         )
-        batch = self._batch(raw)
         try:
+            batch = self._batch(raw)
             with self._autocast():
                 terms = self.method.step(batch, progress, handles)
-        except torch.OutOfMemoryError as error:
-            plan = self.config.plan
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
             raise DeviceError(
-                f"{self.fabric.device} has too little memory for {len(batch.labeled)} + {len(batch.unlabeled)} rows of "
-                f"{plan.patch_size}; lower plan.labeled_batch_size and plan.unlabeled_batch_size, choose a smaller "
-                "--size, or use --precision bf16."
+                f"{self.fabric.device} has too little memory for {len(raw.labeled)} + {len(raw.unlabeled)} rows of "
+                f"{self.config.plan.patch_size}; lower plan.labeled_batch_size and plan.unlabeled_batch_size, choose a "
+                "smaller --size, or use --precision bf16."
             ) from error
         self.method.after_step(progress)
         return terms

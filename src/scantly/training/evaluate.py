@@ -42,7 +42,9 @@ def evaluate_run(
         inference: Settings that replace those of the run's ``evaluation.inference``, by name.
 
     Returns:
-        The summary, also written to ``evaluation/<split>.json``; the table goes to ``evaluation/<split>.csv``.
+        The summary, also written to ``evaluation/<split>.json``; the table goes to ``evaluation/<split>.csv``. If
+        windows or precision are not the run's own, both names and the folder of predictions get what differs, for
+        instance ``val_window-whole``: the run's result under its protocol stays what it is.
 
     Raises:
         RunError: if the run is not finished, the split is empty, or its cases chose the checkpoint.
@@ -62,6 +64,7 @@ def evaluate_run(
         )
     dataset = Dataset.open(Path(config.data.dataset))
     predictor = Predictor.load(run.folder, device=device, precision=precision, inference=inference)
+    place = "_".join(part for part in (chosen, _difference(predictor)) if part)
     rows: list[dict[str, Any]] = []
     with ProgressLine(f"evaluating {chosen}", len(names)) as line:
         for done, name in enumerate(names, start=1):
@@ -69,7 +72,7 @@ def evaluate_run(
             if case.label is None:
                 raise RunError(f"{chosen} case '{name}' has no label file; add it or leave the case out of the split.")
             prediction = predictor.predict(case.images)
-            write_prediction(prediction, run.predictions(chosen), name, case.images[0])
+            write_prediction(prediction, run.predictions(place), name, case.images[0])
             rows += score_case(
                 prediction.labels,
                 dataset.read_label(name).array,
@@ -82,6 +85,7 @@ def evaluate_run(
     table = make_table(rows)
     summary = {
         "split": chosen,
+        "name": place,
         "recipe": config.recipe,
         "selection": config.evaluation.selection,
         "method": config.method_name,
@@ -91,9 +95,15 @@ def evaluate_run(
         "inference": {**predictor.settings.to_dict(), "precision": predictor.precision},
         **summarize(table, protocol=config.evaluation.protocol, convention=config.evaluation.protocol),
     }
-    save_table(table, run.folder / "evaluation" / f"{chosen}.csv")
-    write_json(run.folder / "evaluation" / f"{chosen}.json", summary)
+    save_table(table, run.folder / "evaluation" / f"{place}.csv")
+    write_json(run.folder / "evaluation" / f"{place}.json", summary)
     return summary
+
+
+def _difference(predictor: Predictor) -> str:
+    """How the prediction differs from the one that the run's protocol says; empty if it does not."""
+    windows = predictor.settings.difference(predictor.model.inference)
+    return "_".join(part for part in (windows, "" if predictor.precision == "32" else predictor.precision) if part)
 
 
 def evaluate_folders(

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 
 import torch
 
+from scantly.data.parallel import total_memory
 from scantly.data.topology import training_bytes
 from scantly.errors import DeviceError
 from scantly.methods import catalogue
+from scantly.networks import side_factors
 from scantly.training.config import RunConfig
 
 __all__ = ["check_memory", "step_bytes"]
@@ -24,34 +25,51 @@ def step_bytes(config: RunConfig) -> float:
     Weights, averages, further networks and workspaces are not counted; a network of MONAI's counts as a U-Net.
     """
     plan, network = config.plan, config.network
-    uses_unlabeled = catalogue.load(config.method_name).uses_unlabeled and config.split["unlabeled"]
-    rows = plan.labeled_batch_size + (plan.unlabeled_batch_size if uses_unlabeled else 0)
     per_voxel = training_bytes(network.name, plan.spatial_dims, network.arguments.get("widths"))
-    return rows * math.prod(plan.patch_size) * per_voxel * (_BF16 if config.training.precision == "bf16" else 1.0)
+    scale = _BF16 if config.training.precision == "bf16" else 1.0
+    return sum(_rows(config)) * math.prod(plan.patch_size) * per_voxel * scale
 
 
 def check_memory(config: RunConfig, device: torch.device) -> None:
     """Refuse a step that the whole memory of the device could not hold.
 
     Raises:
-        DeviceError: naming patch, need and memory.
+        DeviceError: naming patch, need, memory, and a patch that needs half of it.
     """
-    need = step_bytes(config)
-    memory = _memory(device)
-    if memory is not None and need > memory:
-        plan = config.plan
-        patch = " x ".join(str(side) for side in plan.patch_size)
-        raise DeviceError(
-            f"a step over {plan.labeled_batch_size} + {plan.unlabeled_batch_size} rows of {patch} by network "
-            f"{config.network.name} needs about {need / 1e9:.0f} GB, but {device.type} has {memory / 1e9:.0f} GB in "
-            "all; choose a smaller --size, or lower plan.labeled_batch_size and plan.unlabeled_batch_size."
-        )
+    need, memory = step_bytes(config), _memory(device)
+    if memory is None or need <= memory:
+        return
+    rows = " + ".join(str(count) for count in _rows(config))
+    sides = _smaller(config, memory / need / 2)
+    raise DeviceError(
+        f"a step over {rows} rows of {' x '.join(map(str, config.plan.patch_size))} by network {config.network.name} "
+        f"needs about {need / 1e9:.0f} GB, but {device.type} has {memory / 1e9:.0f} GB in all; choose for instance "
+        f"--size {' '.join(str(side) for side in [*sides[-2:], *sides[:-2]])}, or fewer rows "
+        "(plan.labeled_batch_size)."
+    )
+
+
+def _rows(config: RunConfig) -> list[int]:
+    """Labeled and, if the method loads them, unlabeled rows of a step."""
+    plan = config.plan
+    unlabeled = catalogue.load(config.method_name).uses_unlabeled and bool(config.split["unlabeled"])
+    return [plan.labeled_batch_size, *([plan.unlabeled_batch_size] if unlabeled else [])]
+
+
+def _smaller(config: RunConfig, share: float) -> list[int]:
+    """Sides of a patch with at most this share of the voxels that the network takes; the largest are shortened."""
+    network, sides = config.network, list(config.plan.patch_size)
+    dims = config.plan.spatial_dims
+    factors = side_factors(network.name, spatial_dims=dims, arguments=network.arguments) or (32,) * dims
+    voxels = math.prod(sides) * share
+    while math.prod(sides) > voxels and any(side > factor for side, factor in zip(sides, factors, strict=True)):
+        axis = max(range(dims), key=lambda axis: sides[axis] if sides[axis] > factors[axis] else 0)
+        sides[axis] = max(factors[axis], (sides[axis] - 1) // factors[axis] * factors[axis])
+    return sides
 
 
 def _memory(device: torch.device) -> int | None:
     """All memory of the device, in bytes; ``None`` where the system does not say."""
     if device.type == "cuda":
         return int(torch.cuda.get_device_properties(device).total_memory)
-    if device.type != "cpu" or "SC_PHYS_PAGES" not in os.sysconf_names:
-        return None
-    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return total_memory() if device.type == "cpu" else None

@@ -282,16 +282,5 @@ def _planned_network(network: NetworkSection, plan: Plan) -> NetworkSection:
     if name == "dynunet" and plan.kernel_sizes and plan.strides:
         planned = {"kernel_sizes": plan.kernel_sizes, "strides": plan.strides}
         arguments = {key: [list(level) for level in levels] for key, levels in planned.items()} | arguments
-    factors = networks.side_factors(name, spatial_dims=plan.spatial_dims, arguments=arguments)
-    if factors is not None and any(side % n for side, n in zip(plan.patch_size, factors, strict=True)):
-        fitting = [max(1, round(side / n)) * n for side, n in zip(plan.patch_size, factors, strict=True)]
-        size = " ".join(str(side) for side in [*fitting[-2:], *fitting[:-2]])
-        raise ConfigError(
-            f"the patch {_times(plan.patch_size)} does not fit network {name}, whose sides must be divisible by "
-            f"{_times(factors)}; use --size {size}, or another network.name."
-        )
+    networks.check_sides(name, plan.patch_size, in_channels=len(plan.normalization), arguments=arguments)
     return network.model_copy(update={"name": name, "arguments": arguments})
-
-
-def _times(sides: Sequence[int]) -> str:
-    return " x ".join(str(side) for side in sides)
