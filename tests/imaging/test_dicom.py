@@ -494,6 +494,32 @@ def test_a_truncated_file_is_refused(tmp_path: Path, share: float, syntax: str) 
     assert "again" in message
 
 
+def test_damaged_voxels_are_told_without_the_decoders_words(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    dicoms.write(tmp_path, dicoms.stack(shape=(3, 24, 24)), syntax=uid.JPEGLSLossless)
+    dataset = pydicom.dcmread(tmp_path / "IM0001")
+    dataset.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8" + bytes(400)])
+    dataset.save_as(tmp_path / "IM0001")
+    assert refusal(tmp_path) == (
+        f"{tmp_path / 'IM0001'} cannot be decoded as a DICOM image: it is truncated or damaged; fetch or export it "
+        "again."
+    )
+    assert "0x" not in capfd.readouterr().err
+
+
+def test_several_series_of_a_case_of_a_collection_have_no_option(tmp_path: Path) -> None:
+    """``init`` makes datasets of collections and cannot be told a series."""
+    for number in (1, 2):
+        dicoms.write(tmp_path / "case" / f"{number}", series=f"1.2.3.{number}")
+    with pytest.raises(ImageError, match=r"holds 2 DICOM series; leave one and move the others away: 1\.2\.3\.1"):
+        find_cases(tmp_path, collection=True)
+    for path in (tmp_path / "case").iterdir():
+        for file in path.iterdir():
+            file.rename(tmp_path / f"{path.name}-{file.name}")
+    dicoms.write(tmp_path, series="1.2.3.4", patient="N2")
+    with pytest.raises(ImageError, match=r"series of 2 patients; give each patient a folder of its own: 1\.2\.3\.1"):
+        find_cases(tmp_path, collection=True)
+
+
 @pytest.mark.parametrize("content", [b"", b"not DICOM at all" * 20])
 def test_a_file_called_like_dicom_that_is_none_is_refused(tmp_path: Path, content: bytes) -> None:
     dicoms.write(tmp_path)
@@ -551,3 +577,30 @@ def test_image_functions_take_a_series_in_place_of_a_file(tmp_path: Path) -> Non
     assert imaging.geometry_difference(image.geometry, imaging.read_geometry(series)) is None
     assert imaging.file_ending(series) is None
     assert imaging.read_image([series, series]).array.shape == (2, *dicoms.SHAPE)
+
+
+def test_broken_cases_are_collected_unless_it_is_unclear_what_the_cases_are(tmp_path: Path) -> None:
+    for number in (1, 2, 3):
+        dicoms.write(tmp_path / f"case{number}", series=f"1.2.{number}", study=f"1.{number}", patient=f"N{number}")
+    (tmp_path / "case1" / "IM0001").write_bytes(b"")
+    (tmp_path / "case1" / "IM0002").write_bytes(b"")
+    broken: list[ImageError] = []
+    assert list(find_cases(tmp_path, broken=broken)) == ["case2", "case3"]
+    (error,) = broken
+    assert "case1/IM0001" in str(error)
+    dicoms.write(tmp_path / "case3" / "other", series="1.2.9", study="1.3", patient="N3")
+    with pytest.raises(ImageError, match=r"case3 holds 2 DICOM series"):
+        find_cases(tmp_path, broken=[])
+
+
+@pytest.mark.parametrize("given", [{}, {"series": "1.2.826.0.1.77.1"}])
+def test_a_broken_slice_of_the_only_series_is_never_left_out(tmp_path: Path, given: dict[str, str]) -> None:
+    """Also where the series lies in several subfolders, the rest of which is sound."""
+    dicoms.write(tmp_path / "x")
+    (tmp_path / "y").mkdir()
+    for path in list((tmp_path / "x").iterdir())[:2]:
+        path.rename(tmp_path / "y" / path.name)
+    next((tmp_path / "y").iterdir()).write_bytes(b"")
+    broken: list[ImageError] = []
+    assert find_cases(tmp_path, broken=broken, **given) == {}
+    assert len(broken) == 1

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pydicom
 import pytest
 import torch
+from pydicom import uid
 
 import dicom_series as dicoms
 from scantly.data.plan import Plan
@@ -22,7 +25,7 @@ from scantly.imaging import (
 )
 from scantly.imaging.dicom import find_series, read_series
 from scantly.inference.model import save_model
-from scantly.inference.predict import predict
+from scantly.inference.predict import predict, predict_folder
 from scantly.methods.base import Task
 from scantly.methods.supervised import Supervised
 
@@ -68,13 +71,72 @@ def test_dicom_and_nifti_of_one_scan_get_the_same_labels(
     assert len(np.unique(read_image([tmp_path / "out" / "patient_uncertainty.nii.gz"]).array)) > array.size // 2
 
 
-def test_a_bad_series_stops_the_prediction_before_it_begins(model: Path, tmp_path: Path) -> None:
-    dicoms.write(tmp_path / "scans" / "good", dicoms.stack(shape=SHAPE), series="1.1", study="1")
-    dicoms.write(tmp_path / "scans" / "worse", dicoms.stack(shape=SHAPE), series="2.1", study="2", shuffle=False)
-    (tmp_path / "scans" / "worse" / "IM0001").unlink()
-    with pytest.raises(ImageError, match=r"worse .*lacks 1 slice"):
+def _without_a_slice(folder: Path) -> str:
+    (folder / "IM0001").unlink()
+    return "lacks 1 slice"
+
+
+def _one_truncated(folder: Path) -> str:
+    (folder / "IM0002").write_bytes((folder / "IM0002").read_bytes()[:300])
+    return "IM0002 cannot be read"
+
+
+def _all_truncated(folder: Path) -> str:
+    for path in folder.iterdir():
+        path.write_bytes(path.read_bytes()[:300])
+    return "IM0000 cannot be read"
+
+
+def _damaged_voxels(folder: Path) -> str:
+    shutil.rmtree(folder)
+    dicoms.write(folder, dicoms.stack(shape=(4, 64, 64)), series="2.1", study="2", syntax=uid.JPEGLSLossless)
+    path = folder / "IM0003"
+    dataset = pydicom.dcmread(path)
+    dataset.PixelData = pydicom.encaps.encapsulate([b"\xff\xd8" + bytes(2000)])
+    dataset.save_as(path)
+    return "IM0003 cannot be decoded"
+
+
+@pytest.mark.parametrize("damage", [_without_a_slice, _one_truncated, _all_truncated, _damaged_voxels])
+def test_a_bad_series_does_not_keep_the_others_from_being_predicted(
+    model: Path, tmp_path: Path, damage: Callable[[Path], str]
+) -> None:
+    for number, name in ((1, "p1"), (2, "p2"), (3, "p3")):
+        folder = tmp_path / "scans" / name
+        volume = dicoms.stack(number, shape=SHAPE)
+        dicoms.write(folder, volume, series=f"{number}.1", study=f"{number}", shuffle=False)
+    told = damage(tmp_path / "scans" / "p2")
+    with pytest.raises(ImageError, match=r"^1 of 3 scans cannot be predicted") as caught:
         predict(model, [tmp_path / "scans"], tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+    (line,) = str(caught.value).splitlines()[1:]
+    assert told in line and str(tmp_path / "scans" / "p2") in line
+    assert sorted(path.name for path in (tmp_path / "out").glob("*.nii.gz")) == ["p1.nii.gz", "p3.nii.gz"]
+    shutil.rmtree(tmp_path / "scans" / "p2")
+    assert predict_folder(model, [tmp_path / "scans"], tmp_path / "out").present == 2
+
+
+def test_one_sound_patient_beside_a_broken_one(model: Path, tmp_path: Path) -> None:
+    for number in (1, 2):
+        folder = tmp_path / "scans" / f"p{number}"
+        dicoms.write(folder, dicoms.stack(number, shape=SHAPE), series=f"{number}.1", study=f"{number}", shuffle=False)
+    _all_truncated(tmp_path / "scans" / "p2")
+    with pytest.raises(ImageError, match=r"^1 of 2 scans cannot be predicted"):
+        predict(model, [tmp_path / "scans"], tmp_path / "out")
+    assert (tmp_path / "out" / "p1.nii.gz").is_file()
+    _all_truncated(tmp_path / "scans" / "p1")
+    with pytest.raises(ImageError, match=r"^2 of 2 scans cannot be predicted; mend"):
+        predict(model, [tmp_path / "scans"], tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.parametrize("out", [".", "predictions"])
+def test_predictions_are_not_written_among_the_dicom_files(model: Path, tmp_path: Path, out: str) -> None:
+    dicoms.write(tmp_path / "scans" / "p1", dicoms.stack(shape=SHAPE))
+    before = sorted((tmp_path / "scans").rglob("*"))
+    with pytest.raises(ImageError, match=r"lies in .*scans, a folder of DICOM scans.* choose another --out"):
+        predict(model, [tmp_path / "scans"], tmp_path / "scans" / out)
+    assert sorted((tmp_path / "scans").rglob("*")) == before
+    predict(model, [tmp_path / "scans" / "p1"], tmp_path / "scans")
 
 
 def test_a_series_is_chosen_by_its_uid_and_a_segmentation_refers_to_it(model: Path, tmp_path: Path) -> None:

@@ -80,10 +80,10 @@ def test_what_cannot_fit_is_refused_before_any_pass(monkeypatch):
     """512 x 512 x 200 voxels in one pass of the V-Net, with 4 GB free; nothing of that size is made."""
     monkeypatch.setattr(fitting, "available_bytes", lambda device: 4 * 10**9)
     network = networks.build("vnet", spatial_dims=3, in_channels=1, out_channels=2).eval()
-    demand = fitting.Demand(network, CPU, 1, (208, 512, 512), 1, (80, 112, 112), True, 0)
+    demand = fitting.Demand(network, CPU, 1, (208, 512, 512), 1, (80, 112, 112), True, 0, (200, 512, 512))
     with pytest.raises(DeviceError, match=r"about \d\d\.\d GB are needed, 4\.0 GB are free.*--window gaussian"):
         demand.check()
-    fitting.Demand(network, CPU, 1, (80, 112, 112), 1, (80, 112, 112), False, 0).check()
+    fitting.Demand(network, CPU, 1, (80, 112, 112), 1, (80, 112, 112), False, 0, (88, 200, 200)).check()
 
 
 def test_a_prediction_checks_its_memory_first(monkeypatch):
@@ -100,12 +100,64 @@ def test_a_smaller_window_is_named_until_it_fits(monkeypatch):
     network = networks.build("vnet", spatial_dims=3, in_channels=1, out_channels=2).eval()
     free = footprint(network, 1, (32, 32, 32)).peak
     monkeypatch.setattr(fitting, "available_bytes", lambda device: free)
-    demand = fitting.Demand(network, CPU, 1, (96, 96, 96), 1, (96, 96, 96), False, 0)
+    demand = fitting.Demand(network, CPU, 1, (96, 96, 96), 1, (96, 96, 96), False, 0, (96, 96, 96))
     sides = re.findall(r"windows of (\d+) x (\d+) x (\d+) \(z, y, x\) fit", demand.sentence())[0]
     assert np.prod([int(side) for side in sides]) <= 32**3
     assert all(int(side) % 16 == 0 for side in sides)
     monkeypatch.setattr(fitting, "available_bytes", lambda device: 1000)
     assert "no window of this network fits" in demand.sentence()
+
+
+def test_sums_over_the_volume_count_however_small_the_windows(monkeypatch):
+    """160 x 200 x 200 voxels, 2 classes and the weights: 77 MB of sums; a window takes next to nothing."""
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: 60 * 10**6)
+    with pytest.raises(DeviceError, match=r"about 7\d MB are needed, 60 MB are free.*predict scans of fewer voxels"):
+        attempt(Fails(AssertionError("must not run"), 0), (160, 200, 200), (8, 16, 16))
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: 80 * 10**6)
+    with pytest.raises(AssertionError, match="must not run"):
+        attempt(Fails(AssertionError("must not run"), 0), (160, 200, 200), (8, 16, 16))
+
+
+def test_sums_that_would_crowd_a_gpu_count_in_the_main_memory(monkeypatch):
+    """77 MB of sums beside 100 MB of free GPU memory are kept in the main memory."""
+    free = {"cuda": 100 * 10**6, "cpu": 100 * 10**6}
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: free[device.type])
+    network = networks.build("vnet", spatial_dims=3, in_channels=1, out_channels=2).eval()
+    window = (16, 32, 32)
+    peak = footprint(network, 1, window).peak
+    free["cuda"] = peak + 1
+    assert peak < 4 * 2 * 160 * 200 * 200
+    demand = fitting.Demand(
+        network, torch.device("cuda"), 1, window, 1, window, False, 160 * 200 * 200, (160, 200, 200)
+    )
+    demand.check()
+    free["cpu"] = 60 * 10**6
+    with pytest.raises(DeviceError, match=r"cpu has too little memory for the sums .* 160 x 200 x 200"):
+        demand.check()
+
+
+def test_the_sums_of_windows_count_in_the_cure_for_one_pass(monkeypatch):
+    """A window of 16 x 16 x 16 alone would fit into 60 MB, the sums over 160 x 208 x 208 voxels do not."""
+    network = networks.build("vnet", spatial_dims=3, in_channels=1, out_channels=2).eval()
+    patch, whole = (16, 16, 16), (160, 208, 208)
+    free = footprint(network, 1, patch).peak + 10**6
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: free)
+    assert (
+        "no window of this network fits" in fitting.Demand(network, CPU, 1, whole, 1, patch, True, 0, whole).sentence()
+    )
+    free += 4 * 3 * 160 * 208 * 208
+    assert "--window gaussian (" in fitting.Demand(network, CPU, 1, whole, 1, patch, True, 0, whole).sentence()
+
+
+def test_the_cure_exceeds_neither_scan_nor_training_patch(monkeypatch):
+    network = networks.build("vnet", spatial_dims=3, in_channels=1, out_channels=2).eval()
+    monkeypatch.setattr(fitting, "available_bytes", lambda device: 2 * 10**9)
+    with pytest.raises(DeviceError, match="windows of 320 x 1248 x 1248") as caught:
+        attempt(network, (23, 41, 37), (32, 32, 32), patch_size=(320, 1248, 1248))
+    assert "windows of 32 x 32 x 32 (z, y, x) fit: --size 32 32 32 (" in str(caught.value)
+    with pytest.raises(DeviceError, match="windows of 96 x 1248 x 1248") as caught:
+        attempt(network, (23, 41, 37), (96, 96, 96), patch_size=(96, 1248, 1248))
+    assert "windows of 32 x 48 x 48 (z, y, x) fit: --size 48 48 32 (" in str(caught.value)
 
 
 def test_footprint_counts_the_tensors_alive_at_once():

@@ -105,6 +105,18 @@ def test_every_series_is_examined_before_any_prediction(patients: Path) -> None:
     (patients / "case2" / "DICOM" / "IM0002").unlink()
     with pytest.raises(ImageError, match=r"case2 .*lacks 1 slice"):
         find_inputs([patients], channels=1)
+    broken: list[ImageError] = []
+    assert list(find_inputs([patients], channels=1, broken=broken)) == ["case1"]
+    assert len(broken) == 1 and "lacks 1 slice" in str(broken[0])
+
+
+def test_a_folder_of_dicom_and_other_scans_is_refused(patients: Path) -> None:
+    for folder in (patients, patients / "case1" / "DICOM"):
+        _touch(folder, "drawn.nii.gz")
+        with pytest.raises(ImageError, match=r"holds DICOM and other scans \(drawn\.nii\.gz\); .* --series UID"):
+            find_inputs([folder], channels=1)
+    assert list(find_inputs([patients], channels=1, series="1.2.1.1")) == ["patients"]
+    assert list(find_inputs([patients / "drawn.nii.gz"], channels=1)) == ["drawn"]
 
 
 def test_what_holds_no_scan_is_named(tmp_path: Path) -> None:

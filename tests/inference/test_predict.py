@@ -194,18 +194,67 @@ def test_what_has_changed_meanwhile_is_predicted_again(trained, cohort, tmp_path
     elif change == "uncertainty":
         options = {"uncertainty": True}
     else:
-        loaded = load_model(model)
-        weights = {name: 0.5 * tensor for name, tensor in loaded.network.state_dict().items()}
-        save_model(
-            model,
-            weights,
-            task=loaded.task,
-            plan=loaded.plan,
-            method=loaded.method,
-            configuration=loaded.configuration,
-        )
+        other_model(trained, model)
     predict(model, [scans], out, **options)
     assert passes == (["a", "c"] if change in {"scan", "missing"} else ["a", "b", "c"])
+
+
+def other_model(trained, path):
+    """The trained model with halved weights."""
+    loaded = load_model(trained.model_path)
+    weights = {name: 0.5 * tensor for name, tensor in loaded.network.state_dict().items()}
+    save_model(
+        path, weights, task=loaded.task, plan=loaded.plan, method=loaded.method, configuration=loaded.configuration
+    )
+    return path
+
+
+def test_uncertainty_maps_of_another_model_are_not_taken_for_ones_own(trained, cohort, tmp_path):
+    scans, out, other = scans_of(cohort, tmp_path / "scans"), tmp_path / "out", tmp_path / "other.safetensors"
+    other_model(trained, other)
+    predict(trained.folder, [scans], out, uncertainty=True)
+    sound = (scans / "c_0000.nii.gz").read_bytes()
+    (scans / "c_0000.nii.gz").write_bytes(b"no scan")
+    with pytest.raises(ImageError, match="1 of 3 scans"):
+        predict(other, [scans], out)
+    (scans / "c_0000.nii.gz").write_bytes(sound)
+    assert predict_folder(other, [scans], out, uncertainty=True).present == 0
+    predict(other, [scans], tmp_path / "fresh", uncertainty=True)
+    for name in ("a_uncertainty.nii.gz", "b_uncertainty.nii.gz"):
+        np.testing.assert_array_equal(*(nib.load(folder / name).get_fdata() for folder in (out, tmp_path / "fresh")))
+
+
+def test_a_journal_of_another_model_is_gone_before_the_first_scan_is_written(trained, cohort, tmp_path):
+    """A kill after that must not leave the other model's list beside this model's files."""
+    scans, out = scans_of(cohort, tmp_path / "scans"), tmp_path / "out"
+    (scans / "c_0000.nii.gz").write_bytes(b"no scan")
+    with pytest.raises(ImageError, match="1 of 3 scans"):
+        predict(trained.folder, [scans], out)
+
+    def look(done, total, case):
+        assert not (out / ".scantly-predictions.json").exists()
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        predict(other_model(trained, tmp_path / "other.safetensors"), [scans], out, progress=look)
+
+
+def test_the_uncertainty_of_one_scan_is_not_the_label_of_another(trained, cohort, tmp_path):
+    scans, out = tmp_path / "scans", tmp_path / "out"
+    scans.mkdir()
+    for name in ("a_0000.nii.gz", "a_uncertainty_0000.nii.gz"):
+        shutil.copy(next((cohort / "imagesTs").glob("*.nii.gz")), scans / name)
+    with pytest.raises(ImageError, match=r"a_uncertainty\.nii\.gz would be written for both .*a_0000.* and .*rename"):
+        predict(trained.folder, [scans], out, uncertainty=True)
+    assert not out.exists()
+    assert len(predict(trained.folder, [scans], out)) == 2
+
+
+def test_when_all_scans_fail_none_is_said_to_be_there(trained, cohort, tmp_path):
+    for name in "ab":
+        (tmp_path / f"{name}_0000.nii.gz").write_bytes(b"no scan")
+    with pytest.raises(ImageError, match=r"^2 of 2 scans cannot be predicted; mend or remove them"):
+        predict(trained.folder, [tmp_path], tmp_path / "out")
 
 
 def test_a_bad_scan_does_not_keep_the_others_from_being_predicted(trained, cohort, tmp_path, passes):
@@ -220,8 +269,9 @@ def test_a_bad_scan_does_not_keep_the_others_from_being_predicted(trained, cohor
     assert (out / "c.nii.gz").is_file()
 
 
-def test_a_damaged_journal_is_named(trained, cohort, tmp_path):
-    (tmp_path / ".scantly-predictions.json").write_text("[]")
+@pytest.mark.parametrize("content", ["[]", '{"key": "1", "done": []}', '{"key": "1", "done": {"a": "state"}}'])
+def test_a_damaged_journal_is_named(trained, cohort, tmp_path, content):
+    (tmp_path / ".scantly-predictions.json").write_text(content)
     with pytest.raises(ConfigError, match=r"\.scantly-predictions\.json does not list predictions; remove it"):
         predict(trained.folder, [next((cohort / "imagesTs").glob("*.nii.gz"))], tmp_path)
 
@@ -299,9 +349,26 @@ def test_too_little_memory_ends_in_a_sentence(trained, cohort, monkeypatch):
         predictor.predict([source])
 
 
-@pytest.mark.parametrize("precision", ["32", "bf16"])
-@pytest.mark.parametrize("values", [{}, {"window": "whole"}, {"window": "uniform", "stride": [4, 8, 8]}])
-def test_volumes_by_windows_and_in_one_pass(tmp_path, values, precision):
+def test_what_the_scans_own_grid_takes_is_checked_before_the_network_runs(trained, cohort, monkeypatch):
+    """Labels take 20 bytes per voxel of the scan, probabilities 16 more (4 classes), and 16 per prepared voxel."""
+    source = next((cohort / "imagesTs").glob("*.nii.gz"))
+    depth, *sides = read_image([source]).array.shape[1:]
+    voxels, prepared = depth * sides[0] * sides[1], depth * 32 * 32
+    predictor = Predictor.load(trained.folder, device="cpu")
+    free = 20 * voxels + 16 * prepared
+    monkeypatch.setattr("scantly.inference.predict.available_bytes", lambda device: free)
+    assert predictor.predict([source]).labels.any()
+    monkeypatch.setattr(predictor.model.network, "forward", None)  # must not be called
+    with pytest.raises(DeviceError, match=r"on the scan's own grid, .* are free; .* leave out --probabilities\.$"):
+        predictor.predict([source], probabilities=True)
+    monkeypatch.setattr("scantly.inference.predict.available_bytes", lambda device: free - 1)
+    with pytest.raises(DeviceError, match=r"on the scan's own grid, .* are free; free memory\.$"):
+        predictor.predict([source])
+
+
+@pytest.fixture
+def volumetric(tmp_path):
+    """An untrained V-Net for patches of 16 x 16 x 16."""
     torch.manual_seed(0)
     task = Task(1, ("background", "a"), 3, (16, 16, 16), "vnet", {"widths": [4, 8], "blocks": [1, 1]})
     plan = Plan(
@@ -312,18 +379,31 @@ def test_volumes_by_windows_and_in_one_pass(tmp_path, values, precision):
         labeled_batch_size=1,
         unlabeled_batch_size=1,
     )
-    method = Supervised(task, Supervised.Config())
-    save_model(
-        tmp_path / "model.safetensors",
-        method.predictor.state_dict(),
-        task=task,
-        plan=plan,
-        method="supervised",
-        configuration={},
-    )
+    weights = Supervised(task, Supervised.Config()).predictor.state_dict()
+    path = tmp_path / "model.safetensors"
+    save_model(path, weights, task=task, plan=plan, method="supervised", configuration={})
+    return path
+
+
+def test_a_single_slice_for_a_volumetric_model_is_told(volumetric, trained, tmp_path, caplog):
+    rng = np.random.default_rng(0)
+    for name, shape in (("flat", (24, 24, 1)), ("deep", (24, 24, 20))):
+        nib.save(nib.Nifti1Image(rng.normal(size=shape), np.eye(4)), tmp_path / f"{name}.nii.gz")
+    scans = [tmp_path / "flat.nii.gz", tmp_path / "deep.nii.gz"]
+    predict(volumetric, scans, tmp_path / "out")
+    (message,) = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert str(scans[0]) in message and "a single slice" in message
+    caplog.clear()
+    predict(trained.folder, scans[:1], tmp_path / "by-slices")
+    assert "single slice" not in caplog.text
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+@pytest.mark.parametrize("values", [{}, {"window": "whole"}, {"window": "uniform", "stride": [4, 8, 8]}])
+def test_volumes_by_windows_and_in_one_pass(volumetric, tmp_path, values, precision):
     scan = np.random.default_rng(0).normal(size=(15, 24, 9))
     nib.save(nib.Nifti1Image(scan, np.diag([-1.0, 1.2, 2.0, 1])), tmp_path / "scan.nii.gz")
-    predictor = Predictor.load(tmp_path, device="cpu", precision=precision, inference=values)
+    predictor = Predictor.load(volumetric, device="cpu", precision=precision, inference=values)
     prediction = predictor.predict([tmp_path / "scan.nii.gz"], uncertainty=True, probabilities=True)
     assert prediction.labels.shape == (9, 24, 15)
     assert prediction.probabilities.shape == (2, 9, 24, 15)

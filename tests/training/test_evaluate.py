@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from scantly.data.plan import Plan
-from scantly.errors import ImageError, RunError
+from scantly.errors import ConfigError, ImageError, RunError
 from scantly.inference.model import load_model
 from scantly.inference.settings import InferenceSettings
 from scantly.inference.windows import predict_array
@@ -106,6 +106,8 @@ def test_the_runs_inference_settings_hold_in_validation_and_in_its_model(cohort,
     assert (trained.folder / "evaluation" / "test.json").read_bytes() == before
     assert trained.summary("test_flips-false_bf16") == summary
     assert trained.evaluation("test_flips-false_bf16") is not None
+    with pytest.raises(ConfigError, match=r"sides of 31 x 31 do not fit network unet.*--size"):
+        evaluate_run(trained, inference={"patch_size": [31, 31]})
     evaluate_run(trained, inference={"flips": True})  # no change: the usual place
     assert not (trained.folder / "evaluation" / "test_flips-true.json").exists()
 

@@ -92,9 +92,7 @@ def find_series(folder: Path) -> list[Series]:
     Raises:
         ImageError: if the folder does not exist, or one of its DICOM files is empty, truncated or damaged.
     """
-    if not folder.is_dir():
-        raise ImageError(f"{folder} is not a folder; give the folder that holds the DICOM files.")
-    return _group(folder, read_headers(folder))
+    return _group(folder, _headers(folder, None))
 
 
 def series_of_file(path: Path) -> Series:
@@ -111,13 +109,14 @@ def series_of_file(path: Path) -> Series:
     return Series(path, slices[0].series_uid, tuple(slices))
 
 
-def choose_series(folder: Path, found: Sequence[Series], uid: str | None) -> Series:
+def choose_series(folder: Path, found: Sequence[Series], uid: str | None, *, option: bool = True) -> Series:
     """The only series of a folder, or the one with this UID.
 
     Args:
         folder: What messages name.
         found: From :func:`find_series`.
         uid: SeriesInstanceUID; None if there is but one.
+        option: Whether the user can give a UID where this is called; messages then say so.
 
     Raises:
         ImageError: if there is none, several without ``uid``, or none with this UID.
@@ -134,17 +133,19 @@ def choose_series(folder: Path, found: Sequence[Series], uid: str | None) -> Ser
         return found[0]
     patients = len({image.patient for series in found for image in series.slices})
     if patients > 1:
+        choice = ", or choose one series with predict --series UID" if option else ""
         raise ImageError(
-            f"{folder} mixes DICOM series of {patients} patients; give each patient a folder of its own, or choose "
-            f"one series with predict --series UID: {listed}."
+            f"{folder} mixes DICOM series of {patients} patients; give each patient a folder of its own{choice}: "
+            f"{listed}."
         )
-    raise ImageError(
-        f"{folder} holds {len(found)} DICOM series; choose one with predict --series UID, or move the others to "
-        f"another folder: {listed}."
-    )
+    cure = "choose one with predict --series UID, or move" if option else "leave one and move"
+    where = "to another folder" if option else "away"
+    raise ImageError(f"{folder} holds {len(found)} DICOM series; {cure} the others {where}: {listed}.")
 
 
-def find_cases(folder: Path, *, series: str | None = None, collection: bool = False) -> dict[str, Series]:
+def find_cases(
+    folder: Path, *, series: str | None = None, collection: bool = False, broken: list[ImageError] | None = None
+) -> dict[str, Series]:
     """Cases of a folder of DICOM files.
 
     A folder that holds one series (in whatever subfolders), or that has DICOM files directly in it, is one
@@ -156,6 +157,8 @@ def find_cases(folder: Path, *, series: str | None = None, collection: bool = Fa
         folder: Searched with its subfolders.
         series: UID of the series to take.
         collection: The subfolders are the cases even if there is only one.
+        broken: Gets one error for every case of several that cannot be used; None to raise the first. Which
+            series of a case is meant is never passed over so: that is raised.
 
     Returns:
         Case name -> series, in order of name; empty if the folder holds no DICOM scan.
@@ -163,24 +166,27 @@ def find_cases(folder: Path, *, series: str | None = None, collection: bool = Fa
     Raises:
         ImageError: if a case has several series, or its series cannot be used (:attr:`Series.geometry`).
     """
-    found = find_series(folder)
-    if not found and series is None:
+    faults: dict[Path, ImageError] = {}
+    slices = _headers(folder, None if broken is None else faults)
+    if not slices and not faults and series is None:
         return {}
-    parts: dict[str, list[Slice]] = defaultdict(list)
-    direct = False
-    for image in (image for one in found for image in one.slices):
-        inside = image.path.relative_to(folder).parts
-        direct |= len(inside) == 1
-        parts[inside[0]].append(image)
-    if series is not None or direct or (len(found) == 1 and not collection) or _share_study(parts.values()):
-        cases = {folder.resolve().name: choose_series(folder, found, series)}
-    else:
-        cases = {
-            name: choose_series(folder / name, _group(folder / name, slices), None)
-            for name, slices in sorted(parts.items())
-        }
-    for case in cases.values():
-        _ = case.geometry  # refused now, not after hours of other cases
+    places, faulty = _places(folder, slices, faults, together=series is not None, collection=collection)
+    failed = list(faulty.values())
+    cases: dict[str, Series] = {}
+    for name, (place, images) in places.items():
+        if name in faulty:
+            continue
+        case = choose_series(place, _group(place, images), series, option=not collection)
+        try:
+            _ = case.geometry  # refused now, not after hours of other cases
+        except ImageError as error:
+            if broken is None:
+                raise
+            failed.append(error)
+        else:
+            cases[name] = case
+    if broken is not None:
+        broken += failed
     return cases
 
 
@@ -219,8 +225,43 @@ def _decode(path: Path) -> NDArray[Any]:
     import SimpleITK
 
     with decoding(path, "DICOM image"):
-        array: NDArray[Any] = SimpleITK.GetArrayFromImage(reader_of(path).Execute())
+        try:
+            array: NDArray[Any] = SimpleITK.GetArrayFromImage(reader_of(path).Execute())
+        except RuntimeError:  # its text is about the decoder's source code
+            raise ImageError(
+                f"{path} cannot be decoded as a DICOM image: it is truncated or damaged; fetch or export it again."
+            ) from None
         return array
+
+
+def _headers(folder: Path, broken: dict[Path, ImageError] | None) -> list[Slice]:
+    if not folder.is_dir():
+        raise ImageError(f"{folder} is not a folder; give the folder that holds the DICOM files.")
+    return read_headers(folder, broken=broken)
+
+
+def _places(
+    folder: Path, slices: list[Slice], faults: Mapping[Path, ImageError], *, together: bool, collection: bool
+) -> tuple[dict[str, tuple[Path, list[Slice]]], dict[str, ImageError]]:
+    """Cases by name, each with its folder and slices, and the first fault of each case that has any."""
+
+    def part(path: Path) -> str:
+        return path.relative_to(folder).parts[0]
+
+    parts: dict[str, list[Slice]] = defaultdict(list)
+    for image in slices:
+        parts[part(image.path)].append(image)
+    faulty: dict[str, ImageError] = {}
+    for path, error in faults.items():
+        faulty.setdefault(part(path), error)
+    direct = any(path.parent == folder for path in (*faults, *(image.path for image in slices)))
+    # a subfolder of which nothing can be read is taken for a case of its own
+    alone = len({image.series_uid for image in slices}) == 1 and faulty.keys() <= parts.keys()
+    if together or direct or (alone and not collection) or _share_study(parts.values()):
+        name = folder.resolve().name
+        first = next(iter(faults.values()), None)
+        return {name: (folder, slices)}, {} if first is None else {name: first}
+    return {name: (folder / name, images) for name, images in sorted(parts.items())}, faulty
 
 
 def _group(folder: Path, slices: Iterable[Slice]) -> list[Series]:

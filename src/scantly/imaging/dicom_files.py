@@ -144,7 +144,7 @@ def lossy(image: Slice) -> str | None:
     return None
 
 
-def read_headers(folder: Path) -> list[Slice]:
+def read_headers(folder: Path, *, broken: dict[Path, ImageError] | None = None) -> list[Slice]:
     """Headers of all scans below a folder; what else lies there is passed over and counted in the log.
 
     Hidden files, DICOMDIR, files that are not DICOM, localizers, and objects that hold no scan (segmentations,
@@ -152,6 +152,7 @@ def read_headers(folder: Path) -> list[Slice]:
 
     Args:
         folder: Searched with its subfolders.
+        broken: Gets the files that cannot be read, with the error of each; None to raise the first.
 
     Raises:
         ImageError: for a file that should be an image and is empty, truncated, damaged or of an unknown
@@ -162,11 +163,13 @@ def read_headers(folder: Path) -> list[Slice]:
     for path in files_below(folder):
         if path.name.upper() == "DICOMDIR":
             continue
-        if not is_dicom(path):
-            _refuse_broken(path)
-            ignored["not DICOM"] += 1
+        try:
+            kind, found = _examine(path)
+        except ImageError as error:
+            if broken is None:
+                raise
+            broken[path] = error
             continue
-        kind, found = _classify(path)
         if found:
             slices += found
         else:
@@ -197,6 +200,14 @@ def _refuse_broken(path: Path) -> None:
         f"{path} is called like a DICOM file but lacks the mark DICM after {_PREAMBLE} bytes (it has {size} bytes): a "
         "slice may be missing; fetch or export the series again, or move the file away."
     )
+
+
+def _examine(path: Path) -> tuple[str, list[Slice]]:
+    """As :func:`_classify`, for a file that may be of any kind."""
+    if is_dicom(path):
+        return _classify(path)
+    _refuse_broken(path)
+    return "not DICOM", []
 
 
 def _classify(path: Path) -> tuple[str, list[Slice]]:

@@ -16,6 +16,8 @@ __all__ = ["Demand", "divisor"]
 
 #: No network of the catalogue needs so much per voxel; below this no count of its memory is made before a pass.
 _BYTES_PER_VOXEL = 4000
+#: Few tasks have so many classes (250, of 4 bytes) that sums take more per voxel; below this they are not counted.
+_BYTES_PER_SUMMED_VOXEL = 1000
 #: Sides of a whole image when the network does not say by what they must be divisible.
 _USUAL_DIVISOR = 16
 
@@ -39,6 +41,7 @@ class Demand:
         patch_size: Sides of the training patch.
         whole: Whether the window is the whole image.
         kept: Voxels of which the sums over windows are kept meanwhile; 0 if none are.
+        sides: Extent of the image, without padding.
     """
 
     network: nn.Module
@@ -49,6 +52,7 @@ class Demand:
     patch_size: tuple[int, ...]
     whole: bool
     kept: int
+    sides: tuple[int, ...]
 
     def check(self) -> None:
         """Refuse what exceeds the memory beforehand: on a CPU the process would be killed without a word.
@@ -59,11 +63,25 @@ class Demand:
             DeviceError: saying what would fit.
         """
         free = available_bytes(self.device)
-        if free is None or self.rows * math.prod(self.window) * _BYTES_PER_VOXEL < free:
+        bound = self.rows * math.prod(self.window) * _BYTES_PER_VOXEL + self.kept * _BYTES_PER_SUMMED_VOXEL
+        need = None if free is None or bound < free else self._need(self.window)
+        if free is None or need is None:
             return
-        need = self._need(self.window)
-        if need is not None and self.rows * need.peak + self._sums(need) > free:
+        sums = self._sums(need, free, self.kept)
+        if self.rows * need.peak + sums > free:
             raise DeviceError(self.sentence())
+        if self.kept and not sums:
+            self._check_main_memory(_bytes_of_sums(need, self.kept))
+
+    def _check_main_memory(self, sums: int) -> None:
+        """For sums that are kept there, beside a GPU."""
+        free = available_bytes(torch.device("cpu"))
+        if free is not None and sums > free:
+            raise DeviceError(
+                f"cpu has too little memory for the sums over the windows of {_times(self.sides)} voxels (about "
+                f"{megabytes(sums)} are needed, {megabytes(free)} are free); free memory, or predict scans of fewer "
+                "voxels."
+            )
 
     def sentence(self) -> str:
         """What was too much, how much it needs, and what would fit."""
@@ -75,7 +93,8 @@ class Demand:
         story = f"{self.device.type} has too little memory for {counted} {_times(self.window)} voxels"
         if need is None or free is None:
             return f"{story}; {self._cure(need, None)}."
-        total, budget = self.rows * need.peak + self._sums(need), free - self._sums(need)
+        sums = self._sums(need, free, self.kept)
+        total, budget = self.rows * need.peak + sums, free - sums
         numbers = f"about {megabytes(total)} are needed, {megabytes(free)} are free"
         return f"{story} ({numbers}); {self._cure(need, budget)}."
 
@@ -83,8 +102,10 @@ class Demand:
         bf16 = torch.is_autocast_enabled(self.device.type)
         return footprint(self.network, self.channels, window, bf16=bf16)
 
-    def _sums(self, need: Footprint) -> int:
-        return 4 * (need.classes + 1) * self.kept
+    def _sums(self, need: Footprint, free: int, voxels: int) -> int:
+        """Bytes of the sums on the network's device: none where they would crowd a GPU."""
+        elsewhere = self.device.type == "cuda" and 4 * need.classes * voxels >= free // 4
+        return 0 if elsewhere else _bytes_of_sums(need, voxels)
 
     def _cure(self, need: Footprint | None, budget: int | None) -> str:
         """The largest batch that fits, else the largest window, as options and as settings."""
@@ -95,7 +116,11 @@ class Demand:
                 fitting = min(fitting, budget // need.peak)
             if fitting >= 1:
                 return f"a batch of {fitting} {verb}: --batch {fitting} (evaluation.inference.batch)"
-        window = self.patch_size if self.whole else _half(self.window, divisor(self.network, len(self.window)))
+        window: tuple[int, ...] | None = self._capped(self.patch_size if self.whole else self.window)
+        if window == self.window:
+            window = _half(window, divisor(self.network, len(self.window)))
+        if self.whole and not self.kept and need is not None and budget is not None:
+            budget -= self._sums(need, budget, self.rows * math.prod(self.window))  # which one pass has not
         options = "--window gaussian" if self.whole else ""
         need = self._need(self.patch_size) if self.whole else need
         fitting_window = self._fitting(window, need, budget)
@@ -106,6 +131,12 @@ class Demand:
             options += f" --size {height} {width}{''.join(f' {side}' for side in depth)}"
         options += " --batch 1" if self.rows > 1 else ""
         return f"windows of {_times(fitting_window)} {verb.removesuffix('s')}: {options.strip()} (evaluation.inference)"
+
+    def _capped(self, window: Sequence[int]) -> tuple[int, ...]:
+        """No larger than the training patch, nor than the image with the padding that the network wants."""
+        factors = divisor(self.network, len(window))
+        padded = (-(-side // factor) * factor for side, factor in zip(self.sides, factors, strict=True))
+        return tuple(map(min, window, self.patch_size, padded))
 
     def _fitting(
         self, window: tuple[int, ...] | None, need: Footprint | None, budget: int | None
@@ -118,6 +149,11 @@ class Demand:
                 break
             window = _half(window, factors)
         return window
+
+
+def _bytes_of_sums(need: Footprint, voxels: int) -> int:
+    """Of the classes and of the weights, in float32."""
+    return 4 * (need.classes + 1) * voxels
 
 
 def _half(window: Sequence[int], factors: Sequence[int]) -> tuple[int, ...] | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from scantly.errors import ImageError
 from scantly.imaging import ENDINGS, file_ending, stem
 from scantly.imaging.dicom import Series, find_cases, is_dicom, series_of_file
+from scantly.imaging.dicom_files import files_below
 from scantly.imaging.volumes import Source
 
 __all__ = ["find_inputs"]
@@ -17,7 +18,12 @@ _CHANNEL = re.compile(r"_(\d{4})$")
 
 
 def find_inputs(
-    inputs: Iterable[str | Path], *, channels: int, series: str | None = None
+    inputs: Iterable[str | Path],
+    *,
+    channels: int,
+    series: str | None = None,
+    out: Path | None = None,
+    broken: list[ImageError] | None = None,
 ) -> dict[str, tuple[Source, ...]]:
     """Scans by name from files and folders; channels are told by ``_0000``, ``_0001`` at the end of the name.
 
@@ -28,13 +34,16 @@ def find_inputs(
         inputs: Files, or folders whose scans are all taken.
         channels: How many channels the model takes.
         series: UID of the DICOM series to take from every folder; files of other types are left out then.
+        out: Where predictions will go: not into a folder of DICOM scans, in which they would be found next time.
+        broken: Gets an error for every DICOM case that cannot be used; None to raise the first.
 
     Returns:
         Case name -> its files in channel order, or its DICOM series.
 
     Raises:
-        ImageError: for a path that does not exist, a folder without scans, two scans of one name, a scan with
-            missing channels, or a DICOM series that cannot be used.
+        ImageError: for a path that does not exist, a folder without scans, or with DICOM and other scans, two
+            scans of one name, a scan with missing channels, a folder in which a DICOM series must be chosen, or a
+            DICOM series that cannot be used.
     """
     files: list[Path] = []
     found: list[tuple[str, Series]] = []
@@ -42,11 +51,20 @@ def find_inputs(
         if item.is_dir():
             scans = sorted(f for f in item.iterdir() if file_ending(f) and not f.name.startswith("."))
             if scans and series is None:
+                _refuse_dicom_beside(scans, item)
                 files += scans
                 continue
-            cases = find_cases(item, series=series)
-            if not cases:
+            unusable: list[ImageError] | None = None if broken is None else []
+            cases = find_cases(item, series=series, broken=unusable)
+            if not cases and not unusable:
                 raise ImageError(f"{item} holds no scans ({', '.join(ENDINGS)}, DICOM); give files or another folder.")
+            if out is not None and out.resolve().is_relative_to(item.resolve()):
+                raise ImageError(
+                    f"{out} lies in {item}, a folder of DICOM scans, where the predictions would be taken for scans; "
+                    "choose another --out."
+                )
+            if broken is not None:
+                broken += unusable or []
             found += cases.items()
         elif not item.is_file():
             raise ImageError(f"{item} does not exist.")
@@ -55,6 +73,16 @@ def find_inputs(
         else:
             files.append(item)
     return _together(_by_channel(files, channels), found, channels)
+
+
+def _refuse_dicom_beside(scans: Iterable[Path], folder: Path) -> None:
+    """Either kind alone would be taken without a word about the other."""
+    known = set(scans)
+    if any(is_dicom(file) for file in files_below(folder) if file not in known and file_ending(file) is None):
+        raise ImageError(
+            f"{folder} holds DICOM and other scans ({min(known).name}); move either to another folder, give the files "
+            "one by one, or choose a DICOM series with --series UID."
+        )
 
 
 def _together(

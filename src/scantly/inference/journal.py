@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any, TypedDict, TypeGuard
 
 from scantly.errors import ConfigError
 from scantly.files import digest, read_json, write_json
@@ -17,12 +18,20 @@ _LOGGER = logging.getLogger("scantly")
 _SECONDS_BETWEEN_WRITES = 1.0
 
 
+class _Done(TypedDict):
+    """A scan that was predicted: the state of its files, and the names of what was written for it."""
+
+    state: str
+    outputs: list[str]
+
+
 class Journal:
     """A small file beside the predictions while they are not complete; it is removed with the last of them.
 
     A scan is done if it was predicted under the same key, its files have the size and time of change that they
-    had then, and its outputs are there. A prediction that came to its end leaves no journal: the same command
-    then predicts everything again.
+    had then, and all outputs wanted were written then and are there. A prediction that came to its end leaves no
+    journal: the same command then predicts everything again. A journal of another key is removed at once, since
+    what it lists is about to be overwritten.
 
     Args:
         folder: Where the predictions are.
@@ -34,15 +43,16 @@ class Journal:
     def __init__(self, folder: Path, key: str) -> None:
         self._path = folder / self.NAME
         self._key = key
-        self._done: dict[str, str] = {}
+        self._done: dict[str, _Done] = {}
         self._written_at = -_SECONDS_BETWEEN_WRITES
         if self._path.is_file():
             found = read_json(self._path)
-            if not isinstance(found, dict) or not isinstance(found.get("done"), dict):
+            if not _is_journal(found):
                 raise ConfigError(f"{self._path} does not list predictions; remove it, and all scans are predicted.")
-            if found.get("key") == key:
+            if found["key"] == key:
                 self._done = found["done"]
             else:
+                self._path.unlink()
                 _LOGGER.info("%s holds predictions of another model or other settings; all are made again", folder)
 
     def holds(self, case: str, state: str, outputs: Iterable[Path]) -> bool:
@@ -53,11 +63,14 @@ class Journal:
             state: Of its files, see :func:`state_of`.
             outputs: What the prediction writes.
         """
-        return self._done.get(case) == state and all(path.is_file() for path in outputs)
+        known = self._done.get(case)
+        if known is None or known["state"] != state:
+            return False
+        return all(path.name in known["outputs"] and path.is_file() for path in outputs)
 
-    def add(self, case: str, state: str) -> None:
+    def add(self, case: str, state: str, outputs: Iterable[Path]) -> None:
         """Note a scan whose outputs are written; ``state`` is that of before the prediction."""
-        self._done[case] = state
+        self._done[case] = {"state": state, "outputs": [path.name for path in outputs]}
         if time.monotonic() - self._written_at >= _SECONDS_BETWEEN_WRITES:
             self.save()
 
@@ -70,6 +83,15 @@ class Journal:
     def finish(self) -> None:
         """All scans are done."""
         self._path.unlink(missing_ok=True)
+
+
+def _is_journal(found: object) -> TypeGuard[dict[str, Any]]:
+    if not isinstance(found, dict) or "key" not in found or not isinstance(found.get("done"), dict):
+        return False
+    return all(
+        isinstance(entry, dict) and isinstance(entry.get("state"), str) and isinstance(entry.get("outputs"), list)
+        for entry in found["done"].values()
+    )
 
 
 def state_of(sources: Sequence[Source]) -> str:

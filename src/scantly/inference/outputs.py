@@ -112,14 +112,35 @@ def write_prediction(
     return paths.label
 
 
-def refuse_overwriting(cases: Mapping[str, Sequence[Source]], folder: Path) -> None:
-    """A scan without a channel suffix has the name of its own label map.
+def refuse_overwriting(
+    cases: Mapping[str, Sequence[Source]], folder: Path, *, uncertainty: bool, probabilities: bool, dicom_seg: bool
+) -> None:
+    """No output may be a scan, nor an output of another scan.
+
+    A scan without a channel suffix has the name of its own label map; ``a_uncertainty_0000`` has a label map that
+    is called like the uncertainty of ``a_0000``.
+
+    Args:
+        cases: The scans.
+        folder: Where their predictions go.
+        uncertainty: Whether it is written.
+        probabilities: Whether they are written.
+        dicom_seg: Whether it is written.
 
     Raises:
-        ImageError: naming the scan that a prediction would overwrite.
+        ImageError: naming the scan that a prediction would overwrite, or the scans with one name for two outputs.
     """
     inputs = {file.resolve() for files in cases.values() for file in files}
+    written: dict[Path, Source] = {}
     for case, files in cases.items():
-        for path in outputs_of(folder, case, files[0]).asked(uncertainty=True, probabilities=True, dicom_seg=True):
+        paths = outputs_of(folder, case, files[0])
+        for path in paths.asked(uncertainty=True, probabilities=True, dicom_seg=True):
             if path.resolve() in inputs:
                 raise ImageError(f"{path} is a scan and would be overwritten by a prediction; choose another --out.")
+        for path in paths.asked(uncertainty=uncertainty, probabilities=probabilities, dicom_seg=dicom_seg):
+            if path in written:
+                raise ImageError(
+                    f"{path} would be written for both {written[path]} and {files[0]}; rename one, or predict them "
+                    "into two folders."
+                )
+            written[path] = files[0]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from scantly._version import __version__
@@ -26,9 +28,11 @@ from scantly.inference.model import Model, load_model, model_file
 from scantly.inference.original import class_maps, label_on_original_grid
 from scantly.inference.outputs import Prediction, outputs_of, refuse_overwriting, write_prediction
 from scantly.inference.windows import entropy, predict_array
+from scantly.networks import check_sides
 
 __all__ = ["Outcome", "Predictor", "predict", "predict_folder", "select_device"]
 
+_LOGGER = logging.getLogger("scantly")
 _PRECISIONS = ("32", "bf16")
 
 
@@ -73,6 +77,11 @@ class Predictor:
         self.precision = precision
         self.settings = model.inference.overridden(inference or {})
         self.settings.check(model.plan.patch_size)
+        if self.settings.patch_size is not None:
+            task = model.task
+            check_sides(
+                task.network_name, self.settings.patch_size, in_channels=task.channels, arguments=task.network_arguments
+            )
         self.device = select_device(device)
         model.network.to(self.device)
         if precision == "bf16" and self.device.type == "cpu":  # measured: a fifth faster in bf16, no gain in float32
@@ -113,8 +122,18 @@ class Predictor:
                 "give all channels as <case>_0000, <case>_0001, ..."
             )
         geometry = image.geometry
+        if plan.spatial_dims == 3 and min(geometry.shape) == 1:
+            _LOGGER.warning(
+                "%s is a single slice, but the model takes volumes: it is predicted with zeros around it, and its "
+                "labels may be poor.",
+                images[0],
+            )
         prepared, record = prepare(image, plan)
         del image  # a large scan is needed once
+        need = _bytes_on_own_grid(len(task.classes), prepared, geometry, probabilities=probabilities)
+        free = available_bytes(torch.device("cpu"))
+        if free is not None and need > free:
+            raise DeviceError(_too_large(images[0], need, probabilities=probabilities))
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bf16", cache_enabled=False):
             probs = predict_array(
                 self.model.network,
@@ -132,15 +151,20 @@ class Predictor:
             if uncertainty:
                 spread = entropy(class_maps(probs, record, plan) if restored is None else restored)
         except MemoryError as error:
-            raise DeviceError(_too_large(images[0], geometry, len(probs) if probabilities else 0)) from error
+            raise DeviceError(_too_large(images[0], need, probabilities=probabilities)) from error
         return Prediction(labels, spread, geometry, restored)
 
 
-def _too_large(source: Source, geometry: Geometry, kept_classes: int) -> str:
-    need = 4 * (kept_classes + 5) * math.prod(geometry.shape)
+def _bytes_on_own_grid(classes: int, prepared: np.ndarray, geometry: Geometry, *, probabilities: bool) -> int:
+    """What the way back takes: prepared probabilities, about five maps of the scan, and its probabilities if kept."""
+    maps = 5 + (classes if probabilities else 0)
+    return 4 * (classes * math.prod(prepared.shape[1:]) + maps * math.prod(geometry.shape))
+
+
+def _too_large(source: Source, need: int, *, probabilities: bool) -> str:
     free = available_bytes(torch.device("cpu"))
     told = "" if free is None else f", {megabytes(free)} are free"
-    cure = "free memory" + (" or leave out --probabilities" if kept_classes else "")
+    cure = "free memory" + (" or leave out --probabilities" if probabilities else "")
     return f"the prediction of {source} needs about {megabytes(need)} on the scan's own grid{told}; {cure}."
 
 
@@ -173,14 +197,15 @@ def predict_folder(
 ) -> Outcome:
     """As :func:`predict`, and say how many predictions were there already."""
     predictor = Predictor.load(model, device=device, precision=precision, inference=inference)
-    cases = find_inputs(inputs, channels=predictor.model.task.channels, series=series)
+    folder = Path(out)
+    failed: list[ImageError] = []
+    cases = find_inputs(inputs, channels=predictor.model.task.channels, series=series, out=folder, broken=failed)
+    total = len(cases) + len(failed)
     if dicom_seg:
         _check_dicom_seg(cases)
-    folder = Path(out)
-    refuse_overwriting(cases, folder)
+    refuse_overwriting(cases, folder, uncertainty=uncertainty, probabilities=probabilities, dicom_seg=dicom_seg)
     journal = Journal(folder, _key(predictor, model_file(Path(model))))
     files: list[Path] = []
-    failed: list[ImageError] = []
     present = 0
     try:
         for done, (case, sources) in enumerate(cases.items()):
@@ -198,12 +223,12 @@ def predict_folder(
                 except ImageError as error:
                     failed.append(error)
                     continue
-                journal.add(case, state)
+                journal.add(case, state, wanted)
             files.append(paths.label)
     finally:
         journal.save()
     if failed:
-        raise _failures(failed, len(cases), folder)
+        raise _failures(failed, total, folder)
     journal.finish()
     if progress:
         progress(len(cases), len(cases), "")
@@ -229,10 +254,11 @@ def _key(predictor: Predictor, file: Path) -> str:
 def _failures(failed: Sequence[ImageError], total: int, folder: Path) -> ImageError:
     if total == 1:
         return failed[0]
+    others = f", the others are in {folder}" if len(failed) < total else ""
     listed = "\n".join(f"  {error}" for error in failed)
     return ImageError(
-        f"{len(failed)} of {total} scans cannot be predicted, the others are in {folder}; mend or remove them and "
-        f"give the same command again:\n{listed}"
+        f"{len(failed)} of {total} scans cannot be predicted{others}; mend or remove them and give the same command "
+        f"again:\n{listed}"
     )
 
 
@@ -275,8 +301,8 @@ def predict(
 
     Raises:
         RunError: if the model cannot be read.
-        ImageError: if an input would be overwritten (nothing is written then), or cannot be read; with several
-            inputs it lists all that failed, after the others are written.
+        ImageError: if an input would be overwritten, or it is not clear what the scans are (nothing is written
+            then), or one cannot be read; with several inputs it lists all that failed, after the others are written.
         ConfigError: for settings that do not exist or do not fit the model.
         DeviceError: if the memory does not suffice.
     """

@@ -102,9 +102,25 @@ class InferenceSettings(Settings):
         kept = {name: value for name, value in kept.items() if name not in dropped}
         return parse(InferenceSettings, merge(kept, values), where="inference")
 
+    def difference(self, usual: InferenceSettings) -> str:
+        """What differs from ``usual`` in words that can be part of a file name; empty if nothing that matters does.
+
+        Example:
+            >>> InferenceSettings(window="whole", flips=True).difference(InferenceSettings())
+            'window-whole_flips-true'
+        """
+        mine, its = self.to_dict(), usual.to_dict()
+        return "_".join(f"{name}-{_word(value)}" for name, value in mine.items() if value != its[name])
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data of all that shapes the result, thus without ``batch``."""
         return self.model_dump(mode="json", exclude={"batch"})
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, list):
+        return "x".join(map(str, value))
+    return str(value).lower()
 
 
 def _text(sides: Sequence[int]) -> str:

@@ -172,6 +172,7 @@ class _Pass:
             patch_size=patch_size,
             whole=self.settings.window == "whole",
             kept=0 if direct else together * math.prod(self.tiling.padded),
+            sides=self.tiling.sides,
         )
 
 

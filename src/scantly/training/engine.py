@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import signal
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from types import FrameType
 from typing import Any
 
 import torch
@@ -27,6 +24,7 @@ from scantly.inference.model import save_model
 from scantly.methods.base import Batch, Method, Progress
 from scantly.training.checkpoint import capture_rng, load_checkpoint, restore_rng, save_checkpoint
 from scantly.training.config import RunConfig
+from scantly.training.interruption import Interruption
 from scantly.training.logs import RunLog
 from scantly.training.optimizers import TrainingHandles
 from scantly.training.progress import ProgressLine
@@ -102,7 +100,7 @@ class Engine:
         self.spans = stage_spans(method.stages(), config.training.steps)
         self.iteration = 0
         self.best = _Best()
-        self._stop_requested = False
+        self._interruption = Interruption()
         method.generator = torch.Generator(device=fabric.device)
         method.generator.manual_seed(config.training.seed + fabric.global_rank)
 
@@ -120,7 +118,7 @@ class Engine:
         try:
             with (
                 ProgressLine(title, self.config.training.steps, quiet=self.quiet or log is None) as line,
-                self._stop_signals(),
+                self._interruption.watched(),
             ):
                 for span in self.spans:
                     if self.iteration < span.stop:
@@ -271,7 +269,7 @@ class Engine:
         settings = self.config.training
         logged = self.method.pop_logged()
         last = self.iteration == settings.steps
-        saves = self.iteration % settings.checkpoint_interval == 0 or last or self._stop_requested
+        saves = self.iteration % settings.checkpoint_interval == 0 or last or self._interruption.requested
         if saves or self.iteration % settings.log_every == 0:  # before saving: no checkpoint of a diverged state
             self._log(loop, terms, logged)
         if self.split.val and (self.iteration % settings.validation_interval == 0 or last):
@@ -280,7 +278,7 @@ class Engine:
         if saves:
             with loop.paused():
                 self._save(loop)
-        if self._stop_requested and not last:
+        if self._interruption.requested and not last:
             raise RunInterruptedError(
                 f"stopped after iteration {self.iteration} of {settings.steps}; a checkpoint was written, continue "
                 "with --resume."
@@ -383,30 +381,3 @@ class Engine:
             configuration=self.config.method_settings,
             inference=self.config.evaluation.inference,
         )
-
-    @contextmanager
-    def _stop_signals(self) -> Iterator[None]:
-        """Ctrl-C and SIGTERM end the run after the current step; a second one ends it at once."""
-        owner = os.getpid()
-
-        def request(number: int, frame: FrameType | None) -> None:
-            if os.getpid() != owner:  # a loader's process, forked a moment ago, that has not set its own handlers yet
-                if number == signal.SIGTERM:
-                    signal.signal(number, signal.SIG_DFL)
-                    os.kill(os.getpid(), number)
-                return
-            if self._stop_requested:
-                signal.default_int_handler(number, frame)
-            self._stop_requested = True
-            _LOGGER.info("stopping after this iteration; again to stop at once")
-
-        try:
-            previous = {number: signal.signal(number, request) for number in (signal.SIGINT, signal.SIGTERM)}
-        except ValueError:  # signal handlers exist in the main thread only
-            yield
-            return
-        try:
-            yield
-        finally:
-            for number, handler in previous.items():
-                signal.signal(number, handler)
