@@ -3,6 +3,7 @@ import yaml
 
 from scantly.errors import ConfigError, DatasetError
 from scantly.settings import merge
+from scantly.training.config import TrainingSection
 from scantly.training.resolve import flags_to_layer, known_recipes, parse_sets, plan, read_recipe, resolve
 
 
@@ -34,7 +35,7 @@ def test_protocol_variants_of_a_recipe(cohort):
     assert published.evaluation.flaws
     assert not clean.evaluation.flaws
     assert published.data.augmentation.rotflip == "official"
-    assert published.training.validation_interval == 200
+    assert published.training.validation_interval(2) == 200
     assert clean.training.steps == 30_000
 
 
@@ -188,3 +189,9 @@ def test_a_monai_network_that_cannot_take_the_patch_is_refused_beforehand(cohort
             resolve(cohort, flags={"method": "supervised"}, sets=sets)
     else:
         assert resolve(cohort, flags={"method": "supervised"}, sets=sets).network.name == "SegResNet"
+
+
+def test_volumes_are_validated_less_often():
+    training = TrainingSection(steps=1000)
+    assert (training.validation_interval(2), training.validation_interval(3)) == (50, 200)
+    assert TrainingSection(steps=1000, validate_every=10).validation_interval(3) == 10

@@ -272,7 +272,8 @@ class Engine:
         saves = self.iteration % settings.checkpoint_interval == 0 or last or self._interruption.requested
         if saves or self.iteration % settings.log_every == 0:  # before saving: no checkpoint of a diverged state
             self._log(loop, terms, logged)
-        if self.split.val and (self.iteration % settings.validation_interval == 0 or last):
+        validates = self.iteration % settings.validation_interval(self.config.plan.spatial_dims) == 0
+        if self.split.val and (validates or last):
             with loop.paused():
                 self._validate(loop)
         if saves:
