@@ -80,7 +80,7 @@ def test_noise_goes_to_the_teacher_only():
     mt.student.register_forward_hook(lambda module, args, output: seen.update(student=args[0]))
     mt.teacher.register_forward_hook(lambda module, args, output: seen.update(teacher=args[0]))
     data = batch()
-    mt.losses(data, Progress(0, 10))
+    mt.losses(data, Progress(1, 10))
     assert torch.equal(seen["student"], data.images)
     difference = seen["teacher"] - data.unlabeled
     assert 0 < difference.abs().max() <= 0.2 + 1e-6
@@ -98,7 +98,7 @@ def test_weight_zero_is_supervised_training_up_to_batch_statistics():
 
 
 def test_first_update_copies_the_student_and_buffers_follow_the_setting():
-    mt = method()
+    mt = method(teacher_buffers="student")
     with torch.no_grad():
         for p in mt.student.parameters():
             p.add_(1.0)
@@ -112,7 +112,7 @@ def test_the_teacher_with_the_students_statistics_predicts_as_well_as_the_studen
     """With statistics of its own passes it does not: those lag behind its weights."""
     torch.manual_seed(0)
     scores = {}
-    for buffers in ("student", "own"):
+    for buffers in ("predicting", "student", "own"):
         mt = method(teacher_buffers=buffers, ema_decay=0.9)
         optimizer = torch.optim.SGD(mt.student.parameters(), lr=0.05, momentum=0.9)
         data = batch(labeled=4)
@@ -127,7 +127,7 @@ def test_the_teacher_with_the_students_statistics_predicts_as_well_as_the_studen
         with torch.no_grad():
             scores[buffers] = (mt.teacher(data.labeled).argmax(1) == data.labels).float().mean().item()
             student = (mt.student(data.labeled).argmax(1) == data.labels).float().mean().item()
-    assert scores["student"] > 0.9
+    assert min(scores["predicting"], scores["student"]) > 0.9
     assert scores["student"] >= student - 0.02
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from scantly.methods.parts.ema import ema_decay, make_teacher, update_teacher
+from scantly.methods.parts.ema import ema_decay, gather_statistics, make_teacher, update_teacher
 from scantly.methods.parts.ramps import gaussian_rampup
 
 
@@ -55,3 +55,32 @@ def test_ramp():
     assert gaussian_rampup(3, 0) == 1.0
     values = [gaussian_rampup(t, 50) for t in range(60)]
     assert values == sorted(values)
+
+
+def test_statistics_of_prediction_are_those_of_clean_passes_without_dropout():
+    student = nn.Sequential(nn.Dropout(0.5), nn.BatchNorm2d(1), nn.Dropout(0.5))
+    teacher = make_teacher(student, buffers="predicting").train()
+    teacher[2].eval()
+    norm = teacher[1]
+    first, second = torch.tensor([1.0, 3.0]).reshape(1, 1, 1, 2), torch.tensor([5.0, 9.0]).reshape(1, 1, 1, 2)
+    teacher(first + 7)  # its passes for targets leave them alone
+    assert (norm.running_mean.item(), norm.running_var.item()) == (0, 1)
+    gather_statistics(teacher, first, 0)
+    assert (norm.running_mean.item(), norm.running_var.item()) == (2, 2)  # mean 2, unbiased variance 2
+    gather_statistics(teacher, second, 1)
+    assert (norm.running_mean.item(), norm.running_var.item()) == (4.5, 5)  # equal shares: (2 + 7) / 2, (2 + 8) / 2
+    gather_statistics(teacher, second, 99)
+    assert norm.running_mean.item() == pytest.approx(5.0)  # 0.8 * 4.5 + 0.2 * 7
+    teacher(first)
+    update_teacher(teacher, student, 0.9, buffers="predicting")
+    assert norm.running_mean.item() == pytest.approx(5.0)
+    assert [module.training for module in teacher] == [True, True, False]  # as before
+
+
+def test_networks_without_such_statistics_are_not_run():
+    def fail(*_):
+        raise AssertionError
+
+    network = nn.Sequential(nn.InstanceNorm2d(1))
+    network.register_forward_hook(fail)
+    gather_statistics(network, torch.zeros(1, 1, 2, 2), 0)

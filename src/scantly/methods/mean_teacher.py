@@ -9,12 +9,14 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from scantly.methods.base import Batch, Method, Progress, Task
-from scantly.methods.parts.ema import Buffers, ema_decay, make_teacher, update_teacher
+from scantly.methods.parts.ema import Buffers, ema_decay, gather_statistics, make_teacher, update_teacher
 from scantly.methods.parts.ramps import gaussian_rampup
 from scantly.methods.parts.supervision import SupervisionConfig, outputs
 from scantly.views import noise
 
 __all__ = ["MeanTeacher"]
+
+STATISTICS_EVERY = 2
 
 
 class MeanTeacher(Method):
@@ -30,8 +32,9 @@ class MeanTeacher(Method):
 
     * The teacher starts as a copy of the student, there it is drawn on its own; the first update copies the
       student anyway (decay 0 at iteration 0), so only the target of iteration 0 differs.
-    * ``teacher_buffers="student"``: batch-norm statistics are copied from the student after each step; there
-      the teacher keeps those of its own passes (``"own"``), which makes it unusable in evaluation mode.
+    * ``teacher_buffers="predicting"``: every other iteration the teacher also sees the clean unlabeled images,
+      without dropout, and its batch-norm statistics are those of these passes; in the public code they are those
+      of its passes on noisy images with dropout (``"own"``), which makes it unusable in evaluation mode.
     * ``predict_with="teacher"``; the public scripts test the student (the literature recipes say so).
     * ``start_iteration=0``; the 2D public script has no consistency before iteration 1,000, the 3D one does
       (the literature recipes set it).
@@ -59,7 +62,9 @@ class MeanTeacher(Method):
         )
         published_iterations: int = Field(30_000, ge=1, description="Length of the published training, iterations.")
         teacher_buffers: Buffers = Field(
-            "student", description="Batch-norm statistics of the teacher: the student's, or its own passes'."
+            "predicting",
+            description="Batch-norm statistics of the teacher: of clean passes without dropout, the student's, or "
+            "those of its own passes.",
         )
         predict_with: Literal["teacher", "student"] = Field("teacher", description="Which network predicts.")
 
@@ -67,7 +72,7 @@ class MeanTeacher(Method):
         super().__init__(task, config)
         self.config = config
         self.student = task.network()
-        self.teacher = make_teacher(self.student)
+        self.teacher = make_teacher(self.student, buffers=config.teacher_buffers)
 
     def losses(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """``supervised`` on labeled rows, ``consistency`` on unlabeled rows, weighted."""
@@ -79,6 +84,8 @@ class MeanTeacher(Method):
                 generator=self.generator,
             )
             targets = self.teacher(noisy).float().softmax(1)
+        if self.config.teacher_buffers == "predicting" and progress.iteration % STATISTICS_EVERY == 0:
+            gather_statistics(self.teacher, batch.unlabeled, progress.iteration // STATISTICS_EVERY)
         rows = [len(batch.labeled), len(batch.unlabeled)]
         labeled, unlabeled = zip(
             *(torch.split(logits, rows) for logits in outputs(self.student, batch.images)), strict=True

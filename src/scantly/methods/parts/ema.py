@@ -8,14 +8,57 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-__all__ = ["Buffers", "copy_buffers", "ema_decay", "make_teacher", "update_teacher"]
+__all__ = ["Buffers", "copy_buffers", "ema_decay", "gather_statistics", "make_teacher", "update_teacher"]
 
-Buffers = Literal["student", "own"]
+Buffers = Literal["predicting", "student", "own"]
+
+_LEAST_MOMENTUM = 0.2
 
 
-def make_teacher(student: nn.Module) -> nn.Module:
-    """A copy of the student that takes no gradient (parameters and buffers equal at first)."""
-    return copy.deepcopy(student).requires_grad_(False)
+def make_teacher(student: nn.Module, *, buffers: Buffers = "student") -> nn.Module:
+    """A copy of the student that takes no gradient (parameters and buffers equal at first).
+
+    Args:
+        student: Network to be copied.
+        buffers: As for :func:`update_teacher`. With ``"predicting"`` the teacher's passes leave its batch-norm
+            statistics alone, but for those of :func:`gather_statistics`.
+    """
+    teacher = copy.deepcopy(student).requires_grad_(False)
+    if buffers == "predicting":
+        for module in _batch_norms(teacher):
+            module.momentum = 0.0
+    return teacher
+
+
+@torch.no_grad()
+def gather_statistics(teacher: nn.Module, images: Tensor, passes: int) -> None:
+    """Update batch-norm statistics by a pass as in prediction, without dropout.
+
+    Networks without such statistics are not run.
+
+    Args:
+        teacher: Of :func:`make_teacher` with ``"predicting"``; every module's mode is left as it was.
+        images: As they come in prediction, without noise, ``(B, C, *spatial)``.
+        passes: How many there were before: the first ones count equally, later ones a fifth.
+    """
+    norms = _batch_norms(teacher)
+    if not norms:
+        return
+    modes = [(module, module.training) for module in teacher.modules()]
+    teacher.eval()
+    for norm in norms:
+        norm.train()
+        norm.momentum = max(_LEAST_MOMENTUM, 1 / (passes + 1))
+    teacher(images)
+    for norm in norms:
+        norm.momentum = 0.0
+    for module, training in modes:
+        module.training = training
+
+
+def _batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:
+    kinds = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+    return [module for module in network.modules() if isinstance(module, kinds) and module.track_running_stats]
 
 
 def ema_decay(iteration: int, maximum: float) -> float:
@@ -34,8 +77,9 @@ def update_teacher(teacher: nn.Module, student: nn.Module, decay: float, *, buff
         teacher: Network to be updated.
         student: Network of the same structure.
         decay: In [0, 1]; 0 copies.
-        buffers: What becomes of batch-norm running mean and variance. ``"student"`` copies the student's:
-            the teacher in evaluation mode then normalizes with statistics that fit its weights and the data.
+        buffers: What becomes of batch-norm running mean and variance. ``"predicting"`` leaves them to
+            :func:`gather_statistics`: they fit the weights, the data and the absence of dropout.
+            ``"student"`` copies the student's, which are gathered under dropout and fit worse where there is much.
             ``"own"`` leaves those that the teacher's own train-mode passes gathered, as public scripts do;
             they lag, and such a teacher is often useless in evaluation mode.
     """
