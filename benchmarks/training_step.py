@@ -25,7 +25,10 @@ from scantly.training.config import TrainingSection
 from scantly.training.optimizers import TrainingHandles
 from scantly.views import WeakConfig, weak
 
-PASSES = {"supervised": "1 forward and backward", "mean_teacher": "1 of double size, 1 teacher forward"}
+PASSES = {
+    "supervised": "1 forward and backward",
+    "mean_teacher": "1 of double size, 1 teacher forward, every other step 2",
+}
 
 
 def clock(device: str) -> float:
