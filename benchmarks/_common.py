@@ -44,3 +44,10 @@ def median_seconds(call: Callable[[], Any], repetitions: int) -> float:
 def write_result(path: Path, result: Mapping[str, Any], libraries: Sequence[str] = LIBRARIES) -> None:
     """Write a result with its environment as JSON, whole or not at all."""
     write_json(path, {**result, "environment": environment(libraries)})
+
+
+def write_description(root: Path, volumes: int, structure: str, ending: str) -> None:
+    """``dataset.json`` of a generated cohort with one MR channel and one structure."""
+    labels = {"background": 0, structure: 1}
+    values = {"name": "generated", "channel_names": {"0": "MR"}, "labels": labels}
+    write_json(root / "dataset.json", {**values, "numTraining": volumes, "file_ending": ending})

@@ -11,7 +11,6 @@ ahead.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import tempfile
@@ -22,7 +21,7 @@ from typing import Any
 import nibabel
 import numpy as np
 import torch
-from _common import write_result
+from _common import write_description, write_result
 from scipy import ndimage
 
 from scantly.data.batches import BatchSource, make_loader
@@ -48,14 +47,7 @@ def write_cohort(root: Path, volumes: int, labeled: int) -> Dataset:
             distance = sum((axis - n / 2) ** 2 for axis, n in zip(grid, shape, strict=True))
             label = (distance < 30**2).astype(np.uint8)
             nibabel.Nifti1Image(label.T, np.eye(4)).to_filename(root / "labelsTr" / f"{name}.nii.gz")
-    description = {
-        "name": "generated",
-        "channel_names": {"0": "MR"},
-        "labels": {"background": 0, "ball": 1},
-        "numTraining": volumes,
-        "file_ending": ".nii.gz",
-    }
-    (root / "dataset.json").write_text(json.dumps(description))
+    write_description(root, volumes, "ball", ".nii.gz")
     return Dataset.open(root)
 
 

@@ -11,7 +11,6 @@ training with memory-mapped files instead of reads, for comparison. Linux only; 
 from __future__ import annotations
 
 import argparse
-import json
 import mmap
 import multiprocessing
 import shutil
@@ -24,7 +23,7 @@ from typing import Any
 
 import nibabel
 import numpy as np
-from _common import write_result
+from _common import write_description, write_result
 
 SHAPE = (128, 256, 256)
 LABELED = 4
@@ -49,14 +48,7 @@ def write_cohort(root: Path, volumes: int) -> None:
         if number < LABELED:
             label = (image > np.quantile(image[::8, ::8, ::8], 0.9)).astype(np.uint8)
             (root / "labelsTr" / f"{name}.nii").write_bytes(header + label.tobytes())
-    description = {
-        "name": "generated",
-        "channel_names": {"0": "MR"},
-        "labels": {"background": 0, "bright": 1},
-        "numTraining": volumes,
-        "file_ending": ".nii",
-    }
-    (root / "dataset.json").write_text(json.dumps(description))
+    write_description(root, volumes, "bright", ".nii")
 
 
 def configuration(root: Path, steps: int) -> Any:

@@ -17,6 +17,7 @@ __all__ = [
     "ImageError",
     "RunError",
     "ScantlyError",
+    "times",
     "unknown_name",
 ]
 
@@ -43,6 +44,16 @@ class RunError(ScantlyError):
 
 class DeviceError(ScantlyError):
     """A device or precision that is not there, or has too little memory for what was asked."""
+
+
+def times(sides: Iterable[int]) -> str:
+    """Numbers of voxels per axis in words.
+
+    Example:
+        >>> times((80, 112, 112))
+        '80 x 112 x 112'
+    """
+    return " x ".join(map(str, sides))
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import shutil
-
-import nibabel as nib
-import numpy as np
 import pytest
+from finished_runs import check_a_copy_predicts_the_same
 
 import scantly
 
@@ -54,15 +51,7 @@ def test_only_the_labels_of_the_labeled_patients_are_prepared(runs):
 
 
 def test_a_copy_of_the_weights_alone_predicts_what_evaluate_predicted(runs, real_data, tmp_path):
-    run = runs[1]
-    case = run.split.val[0]
-    shutil.copy(run.model_path, tmp_path / "model.safetensors")
-    source = real_data / "acdc_mini" / "imagesTr" / f"{case}_0000.nii.gz"
-    (written,) = scantly.predict(tmp_path / "model.safetensors", [source], tmp_path / "out", uncertainty=True)
-    assert written.read_bytes() == (run.predictions("val") / f"{case}.nii.gz").read_bytes()
-    prediction, image = nib.load(written), nib.load(source)
-    assert np.array_equal(prediction.affine, image.affine)
-    assert prediction.shape == image.shape
+    check_a_copy_predicts_the_same(runs[1], real_data / "acdc_mini", tmp_path)
 
 
 def test_the_report_compares_them(runs, tmp_path):

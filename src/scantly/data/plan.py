@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,7 +25,7 @@ from scantly.data.topology import (
     side_steps,
     training_bytes,
 )
-from scantly.errors import ConfigError, DatasetError
+from scantly.errors import ConfigError, DatasetError, times
 from scantly.files import read_yaml, write_yaml
 from scantly.settings import Settings, merge, parse
 
@@ -292,9 +292,9 @@ class _Choices:
         steps = side_steps(lengths) if follows and grid.spatial_dims == 3 else (STEP,) * grid.spatial_dims
         shape = grids.prepared_shape(self.found, grid.spacing, grid.crop_fraction)[3 - grid.spatial_dims :]
         uniform = len(set(steps)) == 1
-        multiples = str(STEP) if uniform else _times(steps)
+        multiples = str(STEP) if uniform else times(steps)
         reason = (
-            f"the median prepared image is {_times(shape)}; its sides to multiples of {multiples}, the "
+            f"the median prepared image is {times(shape)}; its sides to multiples of {multiples}, the "
             f"{'largest' if uniform else 'longest in mm'} shortened until 2 + 2 rows fit half of {memory_gb:g} GB"
         )
         weights = [1.0] * len(steps) if uniform else lengths
@@ -322,7 +322,7 @@ class _Choices:
         self.put("kernel_sizes", topology.kernel_sizes, reason)
         reason = (
             f"sides are halved while they keep 4 voxels, coarse ones only once the others are as coarse: "
-            f"{_times(patch)} becomes {_times(deepest)} at the deepest of {depth} levels"
+            f"{times(patch)} becomes {times(deepest)} at the deepest of {depth} levels"
         )
         self.put("strides", topology.strides, reason)
 
@@ -332,7 +332,7 @@ class _Choices:
         rows = max(2, min(largest, int(self._voxels(memory_gb) / (2 * math.prod(grid.patch_size)))))
         need = 2 * rows * math.prod(grid.patch_size) * self._bytes() / 1e9
         reason = (
-            f"{rows} labeled and {rows} unlabeled rows of {_times(grid.patch_size)} need about {need:.1f} of "
+            f"{rows} labeled and {rows} unlabeled rows of {times(grid.patch_size)} need about {need:.1f} of "
             f"{memory_gb:g} GB (half of it, and {largest} + {largest} rows, are the most)"
         )
         self.put("labeled_batch_size", rows, reason)
@@ -387,10 +387,6 @@ def _refuse_single_slices(dataset: Dataset, names: Sequence[str]) -> None:
         shape = imaging.read_geometry(dataset.case(name).images[0]).shape
         if 1 in shape:
             raise DatasetError(
-                f"case {name} is a single slice ({_times(shape)} voxels) and cannot be trained on in 3D; remove it "
+                f"case {name} is a single slice ({times(shape)} voxels) and cannot be trained on in 3D; remove it "
                 "from the training cases, or train on slices with --dims 2."
             )
-
-
-def _times(sides: Iterable[int]) -> str:
-    return " x ".join(str(side) for side in sides)

@@ -9,6 +9,8 @@ import numpy as np
 from nibabel import orientations
 from numpy.typing import NDArray
 
+from scantly.errors import times
+
 __all__ = [
     "Geometry",
     "Image",
@@ -102,7 +104,7 @@ def geometry_difference(a: Geometry, b: Geometry, tolerance: float = 1e-3) -> st
         For instance ``"shape 10 x 256 x 216 against 10 x 216 x 256 (z, y, x)"``; None if they agree.
     """
     if a.shape != b.shape:
-        first, second = (" x ".join(map(str, shape)) for shape in (a.shape, b.shape))
+        first, second = (times(shape) for shape in (a.shape, b.shape))
         return f"shape {first} against {second} (z, y, x)"
     comparable = a.has_spacing and b.has_spacing
     if not comparable or np.allclose(a.affine, b.affine, rtol=0, atol=tolerance):

@@ -20,7 +20,7 @@ import nibabel
 import numpy as np
 from numpy.typing import NDArray
 
-from scantly.errors import ImageError
+from scantly.errors import ImageError, times
 from scantly.imaging.decoding import decoding
 from scantly.imaging.geometry import Geometry
 
@@ -146,7 +146,7 @@ def _interpret(header: Any, raw: bytes, path: Path) -> _Header:
     extra = shape[3:]
     if any(size > 1 for size in extra):
         raise ImageError(
-            f"{path} has {len(shape)} dimensions ({' x '.join(map(str, shape))}), a scan has 3; "
+            f"{path} has {len(shape)} dimensions ({times(shape)}), a scan has 3; "
             "split it into one file per channel, named <case>_0000, <case>_0001, ..."
         )
     if len(shape) < 2 or any(size < 1 for size in shape):

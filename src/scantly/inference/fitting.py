@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from scantly.errors import DeviceError
+from scantly.errors import DeviceError, times
 from scantly.inference.memory import Footprint, available_bytes, footprint, megabytes
 
 __all__ = ["Demand", "divisor"]
@@ -78,7 +78,7 @@ class Demand:
         free = available_bytes(torch.device("cpu"))
         if free is not None and sums > free:
             raise DeviceError(
-                f"cpu has too little memory for the sums over the windows of {_times(self.sides)} voxels (about "
+                f"cpu has too little memory for the sums over the windows of {_named(self.sides)} voxels (about "
                 f"{megabytes(sums)} are needed, {megabytes(free)} are free); free memory, or predict scans of fewer "
                 "voxels."
             )
@@ -90,7 +90,7 @@ class Demand:
         free, need = available_bytes(self.device), self._need(self.window)
         what = "one pass over the whole of" if self.whole else "windows of"
         counted = f"{self.rows} x {what}" if self.rows > 1 else what
-        story = f"{self.device.type} has too little memory for {counted} {_times(self.window)} voxels"
+        story = f"{self.device.type} has too little memory for {counted} {_named(self.window)} voxels"
         if need is None or free is None:
             return f"{story}; {self._cure(need, None)}."
         sums = self._sums(need, free, self.kept)
@@ -130,7 +130,7 @@ class Demand:
             *depth, height, width = fitting_window
             options += f" --size {height} {width}{''.join(f' {side}' for side in depth)}"
         options += " --batch 1" if self.rows > 1 else ""
-        return f"windows of {_times(fitting_window)} {verb.removesuffix('s')}: {options.strip()} (evaluation.inference)"
+        return f"windows of {_named(fitting_window)} {verb.removesuffix('s')}: {options.strip()} (evaluation.inference)"
 
     def _capped(self, window: Sequence[int]) -> tuple[int, ...]:
         """No larger than the training patch, nor than the image with the padding that the network wants."""
@@ -165,5 +165,5 @@ def _half(window: Sequence[int], factors: Sequence[int]) -> tuple[int, ...] | No
     return tuple(steps // 2 * factors[axis] if index == axis else side for index, side in enumerate(window))
 
 
-def _times(sides: Sequence[int]) -> str:
-    return " x ".join(map(str, sides)) + (" (z, y, x)" if len(sides) == 3 else " (y, x)")
+def _named(sides: Sequence[int]) -> str:
+    return times(sides) + (" (z, y, x)" if len(sides) == 3 else " (y, x)")

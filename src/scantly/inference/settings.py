@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from scantly.errors import ConfigError
+from scantly.errors import ConfigError, times
 from scantly.settings import Settings, merge, parse
 
 __all__ = ["DEFAULT_INFERENCE", "InferenceSettings"]
@@ -70,13 +70,13 @@ class InferenceSettings(Settings):
         for name, sides in (("patch_size", self.patch_size), ("stride", self.stride)):
             if sides is not None and len(sides) != len(patch_size):
                 raise ConfigError(
-                    f"evaluation.inference.{name} is {_text(sides)}, but the model is {len(patch_size)}D; give "
+                    f"evaluation.inference.{name} is {times(sides)}, but the model is {len(patch_size)}D; give "
                     f"{len(patch_size)} numbers."
                 )
         window = self.window_sides(patch_size)
         if self.stride is not None and any(step > side for step, side in zip(self.stride, window, strict=True)):
             raise ConfigError(
-                f"evaluation.inference.stride {_text(self.stride)} is larger than the window {_text(window)} and would "
+                f"evaluation.inference.stride {times(self.stride)} is larger than the window {times(window)} and would "
                 "leave gaps (both are z, y, x); lower it."
             )
 
@@ -121,10 +121,6 @@ def _word(value: Any) -> str:
     if isinstance(value, list):
         return "x".join(map(str, value))
     return str(value).lower()
-
-
-def _text(sides: Sequence[int]) -> str:
-    return " x ".join(map(str, sides))
 
 
 DEFAULT_INFERENCE = InferenceSettings()

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from scantly.errors import ConfigError, unknown_name
+from scantly.errors import ConfigError, times, unknown_name
 
 __all__ = ["build", "check_sides", "known_networks", "side_factors"]
 
@@ -135,7 +135,7 @@ def check_sides(
         if all(side % factor == 0 for side, factor in zip(sides, factors, strict=True)):
             return
         fitting = [max(1, round(side / factor)) * factor for side, factor in zip(sides, factors, strict=True)]
-        why = f"takes sides divisible by {_times(factors)}"
+        why = f"takes sides divisible by {times(factors)}"
     else:
         fitting = [max(64, -(-side // 32) * 32) for side in sides]
         if _runs(name, sides, in_channels, arguments) or not _runs(name, fitting, in_channels, arguments):
@@ -143,7 +143,7 @@ def check_sides(
         why = "cannot take them"
     size = " ".join(str(side) for side in [*fitting[-2:], *fitting[:-2]])
     raise ConfigError(
-        f"sides of {_times(sides)} do not fit network {name}, which {why}; use --size {size}, or another network.name."
+        f"sides of {times(sides)} do not fit network {name}, which {why}; use --size {size}, or another network.name."
     )
 
 
@@ -157,7 +157,3 @@ def _runs(name: str, sides: Sequence[int], in_channels: int, arguments: Mapping[
         except (RuntimeError, ValueError, AssertionError):
             return False
     return True
-
-
-def _times(sides: Sequence[int]) -> str:
-    return " x ".join(str(side) for side in sides)

@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from scantly.errors import ConfigError
+from scantly.errors import ConfigError, times
 
 __all__ = ["Decoder", "EncoderDecoder"]
 
@@ -80,7 +80,7 @@ class EncoderDecoder(nn.Module):
         if len(sides) != self.spatial_dims or any(side % n for side, n in zip(sides, self.factors, strict=True)):
             raise ConfigError(
                 f"this {type(self).__name__} takes {self.spatial_dims}D images whose sides are multiples of "
-                f"{_product(self.factors)}; got {_times(sides)}. Choose another --size."
+                f"{_product(self.factors)}; got {times(sides)}. Choose another --size."
             )
         features = [self.encoder[0](images)]
         for level in self.encoder[1:]:
@@ -107,8 +107,4 @@ class EncoderDecoder(nn.Module):
 
 
 def _product(factors: Sequence[int]) -> str:
-    return str(factors[0]) if len(set(factors)) == 1 else _times(factors)
-
-
-def _times(sides: Sequence[int]) -> str:
-    return " x ".join(str(side) for side in sides)
+    return str(factors[0]) if len(set(factors)) == 1 else times(factors)

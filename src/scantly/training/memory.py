@@ -8,7 +8,7 @@ import torch
 
 from scantly.data.parallel import total_memory
 from scantly.data.topology import training_bytes
-from scantly.errors import DeviceError
+from scantly.errors import DeviceError, times
 from scantly.methods import catalogue
 from scantly.networks import side_factors
 from scantly.training.config import RunConfig
@@ -42,7 +42,7 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
     rows = " + ".join(str(count) for count in _rows(config))
     sides = _smaller(config, memory / need / 2)
     raise DeviceError(
-        f"a step over {rows} rows of {' x '.join(map(str, config.plan.patch_size))} by network {config.network.name} "
+        f"a step over {rows} rows of {times(config.plan.patch_size)} by network {config.network.name} "
         f"needs about {need / 1e9:.0f} GB, but {device.type} has {memory / 1e9:.0f} GB in all; choose for instance "
         f"--size {' '.join(str(side) for side in [*sides[-2:], *sides[:-2]])}, or fewer rows "
         "(plan.labeled_batch_size)."
