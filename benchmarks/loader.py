@@ -24,9 +24,10 @@ import torch
 from _common import write_description, write_result
 from scipy import ndimage
 
-from scantly.data.batches import BatchSource, make_loader
+from scantly.data.batches import BatchSource
 from scantly.data.build import build_store
 from scantly.data.dataset import Dataset
+from scantly.data.loader import make_loader
 from scantly.data.plan import Plan
 
 

@@ -326,7 +326,7 @@ def test_every_documented_method_takes_steps(name: str, spatial_dims: Any) -> No
         method.enter_stage(stage, first=True)
         handles = TrainingHandles(method, stage, TrainingSection(), total=3)
         for iteration in range(3):
-            batch = _batch(0 if stage.labeled_only else 4, spatial_dims)
+            batch = _batch(0 if stage.unlabeled.count == 0 else 4, spatial_dims)
             if stage.relabel:
                 batch.pseudo_labels = (batch.unlabeled[:, 0] > 0.5).long()
             handles.set_iteration(iteration)

@@ -238,13 +238,13 @@ def test_a_disk_that_fills_while_a_checkpoint_is_written(
 
 SLOW_TRAINING = """
 import time
-from scantly.data import batches
+from scantly.data import loader
 from scantly.training.engine import Engine
-start_worker = batches._start_worker
+start_worker = loader._start_worker
 def slow_second_worker(number):
     time.sleep(number)  # a worker that is still starting when Ctrl-C comes
     start_worker(number)
-batches._start_worker = slow_second_worker
+loader._start_worker = slow_second_worker
 step = Engine._step
 def slow_step(*arguments):
     print("step", flush=True)

@@ -18,8 +18,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_datasets import write_dataset
 
-from scantly.data.batches import BatchSource, RawBatch, make_loader
+from scantly.data.batches import BatchSource, RawBatch
 from scantly.data.build import build_store
+from scantly.data.loader import make_loader
 from scantly.data.plan import Plan
 from scantly.data.pseudo_labels import PseudoLabels
 from scantly.data.store import Store
@@ -233,29 +234,38 @@ def test_every_class_is_met_equally_often_around_foreground(tmp_path: Path) -> N
     assert 0.4 < share < 0.6
 
 
-def test_all_classes_in_2d_takes_only_complete_slices(tmp_path: Path) -> None:
+def test_slices_with_enough_classes_are_drawn_in_2d(tmp_path: Path) -> None:
     label = np.zeros((6, 24, 24), dtype=np.uint8)
     label[1, 3, 3], label[1, 20, 20] = 1, 2  # complete, but too wide for one patch of 16
     label[2, 3, 3], label[2, 5, 5] = 1, 2
     label[3] = 1
     label[4, 21, 21], label[4, 22, 9] = 2, 1
+    label[5, 7, 7] = 1
     other = np.zeros_like(label)
     cases = {"a": (np.zeros((1, *label.shape)), label), "b": (np.zeros((1, *label.shape)), other)}
     dataset = write_dataset(tmp_path / "d", cases)
     whole = plan_of(2, patch_size=(24, 24))
     one = build_store(dataset, ["a", "b"], whole, root=tmp_path, with_labels=["a", "b"])
-    rows = {"labeled_batch_size": 3, "unlabeled_batch_size": 0, "seed": 1, "all_classes": True}
-    source = BatchSource(one, ["a", "b"], [], whole, **rows)
+
+    def source_with(rows: int, classes: int, plan: Plan = whole, names: tuple[str, ...] = ("a", "b")) -> BatchSource:
+        counts = {"labeled_batch_size": rows, "unlabeled_batch_size": 0, "labeled_classes": classes}
+        return BatchSource(one, names, [], plan, seed=1, **counts)
+
+    source = source_with(3, 3)
     assert len(source.items[0]) == 3
     assert all(set(np.unique(row)) == {0, 1, 2} for i in range(4) for row in source[i].labels)
-    source = BatchSource(one, ["a", "b"], [], plan_of(2, patch_size=(16, 16)), **rows)
+    source = source_with(3, 3, plan_of(2, patch_size=(16, 16)))
     counts = Counter(len(np.unique(row)) for i in range(8) for row in source[i].labels)
     assert counts == {3: 16, 2: 8}
-    # where no slice is complete, all are drawn
-    assert len(BatchSource(one, ["b"], [], whole, **rows).items[0]) == 6
+    # with more rows than complete slices, one class less is enough; slice 3 holds class 1 alone
+    source = source_with(4, 3)
+    assert source.classes[0] == 2
+    assert [source.items[0].at(item) for item in range(4)] == [("a", 1), ("a", 2), ("a", 4), ("a", 5)]
+    # where no slice has any foreground, all are drawn
+    assert len(source_with(3, 3, names=("b",)).items[0]) == 6
 
 
-def test_all_classes_in_3d_places_the_patch_over_all_of_them(tmp_path: Path) -> None:
+def test_patches_with_enough_classes_are_drawn_in_3d(tmp_path: Path) -> None:
     label = np.zeros((16, 40, 40), dtype=np.uint8)
     label[10:12, 20:22, 20:22], label[12, 24, 24] = 1, 2
     label[0, :, :] = 1
@@ -265,11 +275,51 @@ def test_all_classes_in_3d_places_the_patch_over_all_of_them(tmp_path: Path) -> 
     plan = plan_of(3, patch_size=(8, 16, 16))
     one = build_store(dataset, ["a", "b"], plan, root=tmp_path, with_labels=["a", "b"])
     rows = {"labeled_batch_size": 2, "unlabeled_batch_size": 0, "seed": 1}
-    source = BatchSource(one, ["a", "b"], [], plan, all_classes=True, **rows)
+    source = BatchSource(one, ["a", "b"], [], plan, labeled_classes=3, **rows)
     for iteration in range(20):
         batch = source[iteration]
-        assert batch.labeled_cases == ("a", "a")
+        assert batch.labeled_cases == ("a", "a")  # one case is enough: patches differ
         assert all(set(np.unique(row)) == {0, 1, 2} for row in batch.labels)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_extra_rows_are_a_stream_of_their_own(store: Store, dims: int) -> None:
+    alone = source_of(store, dims)
+    both = source_of(store, dims, extra_batch_size=3, extra_classes=2)
+    seen = set()
+    for iteration in range(6):
+        plain, batch = alone[iteration], both[iteration]
+        assert torch.equal(plain.labeled, batch.labeled)
+        assert torch.equal(plain.unlabeled, batch.unlabeled)
+        assert plain.extra is None
+        assert batch.extra is not None
+        assert batch.extra_labels is not None
+        assert batch.extra.shape == (3, *batch.labeled.shape[1:])
+        assert batch.extra_labels.shape == (3, *batch.labels.shape[1:])
+        assert all(len(np.unique(row)) >= 2 for row in batch.extra_labels)
+        seen |= {row.numpy().tobytes() for row in batch.extra}
+    assert len(seen) > 3
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_unlabeled_rows_with_classes_follow_their_pseudo_labels(store: Store, tmp_path: Path, dims: int) -> None:
+    pseudo = PseudoLabels(tmp_path / "pseudo")
+    names = [name for name in store.cases if not store.has_label(name)]
+    for name in names:
+        label = np.zeros(store.shape(name), dtype=np.uint8)
+        if name == names[0]:
+            label[1, 4:8, 4:8], label[1, 9, 9] = 1, 2
+            label[3, 2:4, 2:4] = 2
+        pseudo.write(name, label)
+    with pytest.raises(ConfigError, match="pseudo-labels"):
+        source_of(store, dims, unlabeled_classes=3)
+    rows = {"rows": (1, 1), "pseudo_labels": pseudo, "unlabeled_classes": 3}
+    source = source_of(store, dims, patch_size=(3, 12, 12)[3 - dims :], **rows)
+    for iteration in range(8):
+        batch = source[iteration]
+        assert batch.unlabeled_cases == (names[0],)
+        assert batch.pseudo_labels is not None
+        assert set(np.unique(batch.pseudo_labels)) == {0, 1, 2}
 
 
 @pytest.mark.parametrize(("dims", "patch"), [(2, (32, 27)), (3, (8, 16, 27)), (3, (9, 32, 32))])

@@ -19,10 +19,11 @@ import pytest
 from small_datasets import lps, save, write_dataset
 
 from scantly.data.arrays import DamagedArrayError
-from scantly.data.batches import BatchSource, make_loader
+from scantly.data.batches import BatchSource
 from scantly.data.build import build_store
 from scantly.data.dataset import Dataset
 from scantly.data.frames import ArrayIndex
+from scantly.data.loader import make_loader
 from scantly.data.plan import Plan
 from scantly.data.store import Store
 from scantly.errors import DatasetError, ImageError

@@ -9,14 +9,16 @@ import signal
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
 from lightning.fabric import Fabric
 
+from scantly import imaging
 from scantly.data.dataset import Dataset
 from scantly.errors import DatasetError, DeviceError, RunError
-from scantly.methods.base import Method, MethodConfig, Stage
+from scantly.methods.base import Method, MethodConfig, Rows, Stage
 from scantly.settings import merge
 from scantly.training import checkpoint, engine
 from scantly.training import train as train_module
@@ -122,8 +124,8 @@ class TwoStages(Method):
 
     def stages(self) -> list[Stage]:
         return [
-            Stage("labels", share=2, labeled_only=True, labeled_batch_size=3),
-            Stage("more", share=1, restart_optimizers=False, all_classes=True),
+            Stage("labels", share=2, labeled=Rows(3), unlabeled=Rows(0)),
+            Stage("more", share=1, restart_optimizers=False, labeled=Rows(classes=4)),
             Stage("pseudo", share=3, relabel=True),
         ]
 
@@ -178,6 +180,130 @@ def test_stages_share_the_budget_and_resume_at_their_borders(cohort, tiny, tmp_p
     assert len(list((whole.folder / "pseudo_labels" / "2-pseudo").glob("*.b2nd"))) == len(config.split["unlabeled"])
 
 
+class Rounds(Method):
+    """A baseline, then two rounds of self-training that begin with the best validation and a second labeled group."""
+
+    def __init__(self, task: Any, config: MethodConfig) -> None:
+        super().__init__(task, config)
+        self.network = task.network()
+        self.register_buffer("began", torch.zeros(3, task.num_classes))
+
+    def stages(self) -> list[Stage]:
+        rows = {"labeled": Rows(2, classes=3), "unlabeled": Rows(3, classes=2), "extra": Rows(1, classes=4)}
+        return [
+            Stage("baseline", unlabeled=Rows(0)),
+            Stage("round1", from_best=True, relabel=True, **rows),
+            Stage("round2", from_best=True, relabel=True, restart_optimizers=False, **rows),
+        ]
+
+    def enter_stage(self, stage: Stage, *, first: bool) -> None:
+        if first:
+            self.began[[s.name for s in self.stages()].index(stage.name)] = self.network.head.bias.detach()
+
+    def pseudo_labels(self, probs: torch.Tensor) -> torch.Tensor:
+        labels = probs.argmax(0)
+        labels[:, :2, :2] = 3  # a mark that only this method makes
+        return labels
+
+    def losses(self, batch: Any, progress: Any) -> dict[str, torch.Tensor]:
+        loss = torch.nn.functional.cross_entropy(self.network(batch.labeled), batch.labels)
+        if progress.stage == "baseline":
+            assert batch.extra is None
+            return {"labeled": loss}
+        assert batch.extra.shape == (1, *batch.labeled.shape[1:])
+        assert batch.extra_labels.unique().tolist() == [0, 1, 2, 3]
+        assert len(batch.unlabeled) == 3
+        assert (batch.pseudo_labels_raw[:, :2, :2] == 3).all()
+        extra = torch.nn.functional.cross_entropy(self.network(batch.extra), batch.extra_labels)
+        pseudo = torch.nn.functional.cross_entropy(self.network(batch.unlabeled), batch.pseudo_labels)
+        return {"labeled": loss, "extra": extra, "pseudo": pseudo}
+
+    @property
+    def predictor(self) -> torch.nn.Module:
+        return self.network
+
+
+def test_stages_begin_with_the_best_validation_wherever_the_run_was_killed(cohort, tiny, tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    validated = []
+
+    def validate(network: Any, *args: Any, **options: Any) -> dict[str, float]:
+        """A score that jumps about, and depends on the weights alone."""
+        bias = network.head.bias.detach().clone()
+        validated.append((float(bias.sum() * 1e4 % 1), bias))
+        return {"val/dice": validated[-1][0]}
+
+    monkeypatch.setattr(engine, "validate", validate)
+    monkeypatch.setattr("scantly.methods.catalogue.load", lambda name: Rounds)
+    rare = {"training": {"checkpoint_every": 100, "validate_every": 1}, "evaluation": {"selection": "best"}}
+    config = configuration(cohort, merge(tiny, rare), "supervised", 0, tmp_path / "s")
+    whole = train_config(config, tmp_path / "whole", quiet=True)
+    began = load_checkpoint(whole.last_checkpoint)["method"]["began"]
+    assert len(validated) == 12
+    best = [max(validated[:4]), max(validated[4:8]), max(validated[4:])]
+    assert any(score > validated[i][0] for score, i in ((best[0][0], 3), (best[1][0], 7)))  # not merely the last
+    assert torch.equal(began[1], best[0][1])
+    assert torch.equal(began[2], best[1][1])
+    final = load_checkpoint(whole.best_checkpoint)["predictor"]["head.bias"]
+    assert torch.equal(final, best[2][1])  # of the rounds alone, which share their optimizers
+
+    original = engine.Engine._step
+    for stop in range(1, 12):
+        out = tmp_path / f"stopped-{stop}"
+
+        def stepping(self: Any, *args: Any, stop: int = stop) -> Any:
+            if self.iteration == stop:
+                raise InterruptedError
+            return original(self, *args)
+
+        monkeypatch.setattr(engine.Engine, "_step", stepping)
+        with pytest.raises(InterruptedError):
+            train_config(config, out, quiet=True)
+        monkeypatch.setattr(engine.Engine, "_step", original)
+        train_config(config, out, resume=True, quiet=True)
+        assert (out / "model.safetensors").read_bytes() == whole.model_path.read_bytes(), stop
+
+
+def test_a_run_judged_by_its_last_iteration_never_goes_back(cohort, tiny, tmp_path, monkeypatch):
+    """Its validation cases are reported on, so they must not choose what later stages begin with."""
+    monkeypatch.setattr("scantly.methods.catalogue.load", lambda name: Rounds)
+    config = configuration(cohort, merge(tiny, {"evaluation": {"selection": "last"}}), "supervised", 0, tmp_path / "s")
+    weights = []
+    enter = Rounds.enter_stage
+
+    def entering(self: Any, stage: Stage, *, first: bool) -> None:
+        weights.append(self.network.head.bias.detach().clone())
+        enter(self, stage, first=first)
+
+    monkeypatch.setattr(Rounds, "enter_stage", entering)
+    step, after = engine.Engine._step, []
+
+    def stepping(self: Any, *args: Any) -> Any:
+        terms = step(self, *args)
+        after.append(self.method.network.head.bias.detach().clone())
+        return terms
+
+    monkeypatch.setattr(engine.Engine, "_step", stepping)
+    run = train_config(config, tmp_path / "run", quiet=True)
+    assert torch.equal(weights[1], after[3])
+    assert torch.equal(weights[2], after[7])
+    assert not list((run.folder / "checkpoints").glob("stage-*"))
+
+
+def test_pseudo_labels_can_be_looked_at_on_the_scans_own_grid(cohort, tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr("scantly.methods.catalogue.load", lambda name: Rounds)
+    config = configuration(cohort, merge(tiny, {"plan": {"size": [16, 16]}}), "supervised", 0, tmp_path / "s")
+    run = train_config(config, tmp_path / "run", quiet=True)
+    dataset = Dataset.open(cohort)
+    for folder in ("1-round1", "2-round2"):
+        for case in config.split["unlabeled"]:
+            label = imaging.read_label(run.folder / "pseudo_labels" / folder / f"{case}.nii.gz")
+            image = dataset.read_image(case)
+            assert label.array.shape == image.array.shape[1:]
+            np.testing.assert_allclose(label.geometry.affine, image.geometry.affine, atol=1e-4)
+            assert (label.array[:, :4, :4] == 3).all()
+
+
 def test_learning_rate_schedule_runs_anew_only_where_the_stage_says_so(cohort, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("scantly.methods.catalogue.load", lambda name: TwoStages)
     config = configuration(cohort, tiny, "supervised", 0, tmp_path / "s")
@@ -194,14 +320,14 @@ def test_the_best_weights_keep_the_score_that_is_theirs(cohort, tiny, tmp_path):
     config = configuration(cohort, tiny, "supervised", 0, tmp_path / "s")
     run = train_config(config, tmp_path / "run", quiet=True)
     run.model_path.unlink()
-    later = {**load_checkpoint(run.best_checkpoint), "iteration": 100, "dice": 0.99}
+    later = {**load_checkpoint(run.best_checkpoint), "iteration": 12, "dice": 0.99}
     checkpoint.save_checkpoint(run.best_checkpoint, later)
     method = build_method(config)
     fabric = Fabric(accelerator="cpu", devices=1)
     store = train_module.prepare_store(config, quiet=True)
     resumed = engine.Engine(run, config, method, dataset=Dataset.open(cohort), store=store, fabric=fabric, quiet=True)
     resumed.fit()
-    assert (resumed.best.value, resumed.best.iteration) == (0.99, 100)
+    assert (resumed.best.value, resumed.best.iteration) == (0.99, 12)
 
 
 def test_damaged_data_end_the_run_with_what_was_trained_saved(cohort, tiny, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Batches: a labeled and an unlabeled stream, each a pure function of (seed, stream, rank, iteration).
+"""Batches: streams of rows, each a pure function of (seed, stream, rank, iteration).
 
 What is drawn depends on nothing else: not on the number of loader workers, not on what was drawn before. A
 run that is resumed at any iteration sees what the undisturbed run saw.
@@ -8,42 +8,37 @@ Items are slices in 2D and cases in 3D.
 - *Labeled stream*: an epoch is one shuffled pass over the labeled items in groups of ``Bl`` (times the number
   of ranks); the incomplete last group is dropped. With fewer items than a group holds, the stream is an
   endless chain of shuffles, and an item that comes twice comes with another patch.
+- *Extra stream*: further labeled rows for methods that need two groups per step, an endless chain of shuffles.
 - *Unlabeled stream*: an endless chain of shuffles. Its label files are never opened.
 
-All ranks draw from one shuffle and take disjoint shares of each group.
+A stream may be narrowed to items with several classes; of unlabeled items the pseudo-labels count. All ranks draw
+from one shuffle and take disjoint shares of each group.
 """
 
 from __future__ import annotations
 
-import multiprocessing
-import signal
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from scantly.data.arrays import Recent
-from scantly.data.parallel import worker_count
+from scantly.data.patches import Corner, Patches, any_voxel
 from scantly.data.plan import Plan
+from scantly.data.presence import Presence
 from scantly.data.pseudo_labels import PseudoLabels
 from scantly.data.store import Store
-from scantly.errors import ConfigError, DatasetError, ScantlyError
+from scantly.errors import ConfigError, DatasetError
 
-__all__ = ["BatchSource", "RawBatch", "make_loader"]
+__all__ = ["BatchSource", "RawBatch"]
 
-Corner: TypeAlias = tuple[int, int, int]
-Read: TypeAlias = Callable[[str, tuple[slice, slice, slice]], NDArray[Any]]
-
-_LABELED, _UNLABELED = 0, 1
+_LABELED, _UNLABELED, _EXTRA = 0, 1, 2
 _SHUFFLE, _POSITION = 0, 1
-#: Patches tried around foreground voxels for one that holds every class.
-_TRIES = 32
-_MOST_WORKERS = 4
 
 
 @dataclass
@@ -57,6 +52,8 @@ class RawBatch:
         labeled_cases: Case name of each labeled row.
         unlabeled_cases: Case name of each unlabeled row.
         pseudo_labels: (Bu, *patch) uint8, on the patches of ``unlabeled``; ``None`` without pseudo-labels.
+        extra: (Be, C, *patch) float32; ``None`` without extra rows.
+        extra_labels: (Be, *patch), as ``labels``; ``None`` without extra rows.
     """
 
     labeled: Tensor
@@ -65,17 +62,13 @@ class RawBatch:
     labeled_cases: tuple[str, ...]
     unlabeled_cases: tuple[str, ...]
     pseudo_labels: Tensor | None = None
+    extra: Tensor | None = None
+    extra_labels: Tensor | None = None
 
     def pin_memory(self) -> RawBatch:
         """A copy in page-locked memory; called by torch's loader."""
-        return RawBatch(
-            labeled=self.labeled.pin_memory(),
-            labels=self.labels.pin_memory(),
-            unlabeled=self.unlabeled.pin_memory(),
-            labeled_cases=self.labeled_cases,
-            unlabeled_cases=self.unlabeled_cases,
-            pseudo_labels=None if self.pseudo_labels is None else self.pseudo_labels.pin_memory(),
-        )
+        pinned: dict[str, Any] = {k: v.pin_memory() for k, v in vars(self).items() if isinstance(v, Tensor)}
+        return replace(self, **pinned)
 
 
 @dataclass(frozen=True)
@@ -101,6 +94,9 @@ class _Items:
 class BatchSource(Dataset[RawBatch]):
     """Batches by iteration: ``source[iteration]``.
 
+    Streams with ``classes`` draw only items with at least so many classes, background counted, and patches that hold
+    them. Where fewer slices than rows (in 3D: no case) have so many, one class less is asked for, and so on.
+
     Args:
         store: The prepared cases.
         labeled: Names of the labeled cases, in the official order.
@@ -108,15 +104,18 @@ class BatchSource(Dataset[RawBatch]):
         plan: Patch size, dimensions and foreground share.
         labeled_batch_size: Rows ``Bl`` per rank.
         unlabeled_batch_size: Rows ``Bu`` per rank; 0 for none.
+        extra_batch_size: Further labeled rows ``Be`` per rank; 0 for none.
+        labeled_classes: Classes of the labeled stream's items; 0: any.
+        unlabeled_classes: Classes of the unlabeled stream's items, by their pseudo-labels.
+        extra_classes: Classes of the extra stream's items.
         seed: Of all draws; not negative.
         rank: This process.
         world_size: Number of processes.
-        all_classes: Only labeled slices that hold every class, and patches that do, where there are any.
         pseudo_labels: Labels for the unlabeled rows, read on the same patches.
 
     Raises:
         DatasetError: if a labeled case has no label in the store, or a stream with rows has no item.
-        ConfigError: if a number is out of range.
+        ConfigError: if a number is out of range, or ``unlabeled_classes`` is asked for without pseudo-labels.
     """
 
     def __init__(
@@ -128,10 +127,13 @@ class BatchSource(Dataset[RawBatch]):
         *,
         labeled_batch_size: int,
         unlabeled_batch_size: int,
+        extra_batch_size: int = 0,
+        labeled_classes: int = 0,
+        unlabeled_classes: int = 0,
+        extra_classes: int = 0,
         seed: int,
         rank: int = 0,
         world_size: int = 1,
-        all_classes: bool = False,
         pseudo_labels: PseudoLabels | None = None,
     ) -> None:
         if labeled_batch_size < 1 or unlabeled_batch_size < 0 or seed < 0 or not 0 <= rank < world_size:
@@ -140,22 +142,33 @@ class BatchSource(Dataset[RawBatch]):
                 f"seed {seed}, rank {rank} of {world_size}: give at least 1 labeled row, no negative "
                 "number, and a rank below the number of processes."
             )
+        if unlabeled_classes and pseudo_labels is None:
+            raise ConfigError(
+                f"unlabeled rows with {unlabeled_classes} classes need pseudo-labels; let a stage relabel first."
+            )
         self.store = store
         self.plan = plan
         self.seed = seed
         self.rank = rank
         self.world_size = world_size
-        self.all_classes = all_classes
         self.pseudo_labels = pseudo_labels
-        self.rows = (labeled_batch_size, unlabeled_batch_size)
+        self.rows = (labeled_batch_size, unlabeled_batch_size, extra_batch_size)
+        self._patches = Patches(plan, store.shape)
         hidden = [name for name in labeled if not store.has_label(name)]
         if hidden:
             raise DatasetError(f"labeled case '{hidden[0]}' has no label in the store {store.url}; prepare it.")
-        self.items = (self._labeled_items(labeled), self._all_items(unlabeled))
+        narrowed = [
+            self._narrowed(stream, names, classes)
+            for stream, (names, classes) in enumerate(
+                ((labeled, labeled_classes), (unlabeled, unlabeled_classes), (labeled, extra_classes))
+            )
+        ]
+        self.items = tuple(items for items, _ in narrowed)
+        self.classes = tuple(classes for _, classes in narrowed)
         for stream, name in ((_LABELED, "labeled"), (_UNLABELED, "unlabeled")):
             if self.rows[stream] and not len(self.items[stream]):
                 raise DatasetError(f"there is no {name} case to draw {self.rows[stream]} rows from; give one.")
-        self._epochs: Recent[tuple[int, int], NDArray[np.int64]] = Recent(4)
+        self._epochs: Recent[tuple[int, int], NDArray[np.int64]] = Recent(6)
 
     @property
     def iterations_per_epoch(self) -> int:
@@ -164,42 +177,58 @@ class BatchSource(Dataset[RawBatch]):
 
     def __getitem__(self, iteration: int) -> RawBatch:
         """The batch of an iteration, counted from 0 without end."""
-        images, labels = [], []
-        generator = self._generator(_LABELED, iteration)
-        labeled = self._drawn(_LABELED, iteration)
-        around_foreground = len(labeled) - round(len(labeled) * self.plan.foreground_fraction)
-        for row, item in enumerate(labeled):
-            case, corner = self._labeled_patch(item, generator, foreground=row >= around_foreground)
-            images.append(self._cut(self.store.read_image, case, corner))
-            labels.append(self._cut(self.store.read_label, case, corner))
-        others, pseudo = [], []
-        generator = self._generator(_UNLABELED, iteration)
-        unlabeled = self._drawn(_UNLABELED, iteration)
-        for item in unlabeled:
-            case, depth = self.items[_UNLABELED].at(item)
-            corner = self._random_corner(case, depth, generator)
-            others.append(self._cut(self.store.read_image, case, corner))
-            if self.pseudo_labels is not None:
-                pseudo.append(self._cut(self.pseudo_labels.read, case, corner))
+        images, labels, labeled_cases = self._labeled_rows(_LABELED, iteration)
+        unlabeled, pseudo, unlabeled_cases = self._unlabeled_rows(iteration)
+        extra, extra_labels, _ = self._labeled_rows(_EXTRA, iteration)
         return RawBatch(
             labeled=torch.from_numpy(np.stack(images)),
             labels=torch.from_numpy(np.stack(labels)),
-            unlabeled=torch.from_numpy(np.stack(others)) if others else self._no_rows(images[0]),
-            labeled_cases=tuple(self.items[_LABELED].at(item)[0] for item in labeled),
-            unlabeled_cases=tuple(self.items[_UNLABELED].at(item)[0] for item in unlabeled),
+            unlabeled=torch.from_numpy(np.stack(unlabeled)) if unlabeled else self._no_rows(images[0]),
+            labeled_cases=labeled_cases,
+            unlabeled_cases=unlabeled_cases,
             pseudo_labels=torch.from_numpy(np.stack(pseudo)) if pseudo else None,
+            extra=torch.from_numpy(np.stack(extra)) if extra else None,
+            extra_labels=torch.from_numpy(np.stack(extra_labels)) if extra else None,
         )
 
-    def _labeled_items(self, names: Sequence[str]) -> _Items:
+    def _labeled_rows(self, stream: int, iteration: int) -> tuple[list[Any], list[Any], tuple[str, ...]]:
+        images, labels, cases = [], [], []
+        generator = self._generator(stream, iteration)
+        drawn = self._drawn(stream, iteration)
+        around_foreground = len(drawn) - round(len(drawn) * self.plan.foreground_fraction)
+        for row, item in enumerate(drawn):
+            case, depth = self.items[stream].at(item)
+            corner = self._corner(stream, case, depth, generator, foreground=row >= around_foreground)
+            images.append(self._patches.cut(self.store.read_image, case, corner))
+            labels.append(self._patches.cut(self.store.read_label, case, corner))
+            cases.append(case)
+        return images, labels, tuple(cases)
+
+    def _unlabeled_rows(self, iteration: int) -> tuple[list[Any], list[Any], tuple[str, ...]]:
+        images, pseudo, cases = [], [], []
+        generator = self._generator(_UNLABELED, iteration)
+        for item in self._drawn(_UNLABELED, iteration):
+            case, depth = self.items[_UNLABELED].at(item)
+            corner = self._corner(_UNLABELED, case, depth, generator, foreground=False)
+            images.append(self._patches.cut(self.store.read_image, case, corner))
+            if self.pseudo_labels is not None:
+                pseudo.append(self._patches.cut(self.pseudo_labels.read, case, corner))
+            cases.append(case)
+        return images, pseudo, tuple(cases)
+
+    def _narrowed(self, stream: int, names: Sequence[str], classes: int) -> tuple[_Items, int]:
+        """The stream's items, and how many classes each of them holds at least."""
         items = self._all_items(names)
-        if not self.all_classes:
-            return items
-        complete = [self.store.classes_per_slice(name)[:, 1:] for name in names]
+        if not classes or not len(items) or not self.rows[stream]:
+            return items, 0
+        enough = self.rows[stream] if self.plan.spatial_dims == 2 else 1
         if self.plan.spatial_dims == 2:
-            keep = np.concatenate([present.all(axis=1) for present in complete])
+            counts = np.concatenate([self._presence(stream, name).counts for name in names])
         else:
-            keep = np.array([present.any(axis=0).all() for present in complete])
-        return items.only(keep) if keep.any() else items
+            counts = np.array([self._presence(stream, name).count for name in names])
+        while classes > 1 and (counts >= classes).sum() < enough:
+            classes -= 1
+        return items.only(counts >= classes), classes
 
     def _all_items(self, names: Sequence[str]) -> _Items:
         if self.plan.spatial_dims == 3:
@@ -207,6 +236,11 @@ class BatchSource(Dataset[RawBatch]):
         depths = np.array([self.store.shape(name)[0] for name in names], dtype=np.int64)
         slices = [np.arange(depth) for depth in depths] or [np.arange(0)]
         return _Items(tuple(names), np.repeat(np.arange(len(names)), depths), np.concatenate(slices))
+
+    def _presence(self, stream: int, case: str) -> Presence:
+        if stream == _UNLABELED and self.pseudo_labels is not None:
+            return self.pseudo_labels.presence(case)
+        return self.store.presence(case)
 
     def _drawn(self, stream: int, iteration: int) -> list[int]:
         """Item numbers of this rank's rows."""
@@ -232,159 +266,29 @@ class BatchSource(Dataset[RawBatch]):
     def _generator(self, stream: int, iteration: int) -> np.random.Generator:
         return np.random.default_rng([self.seed, stream, _POSITION, self.rank, iteration])
 
-    def _labeled_patch(self, item: int, generator: np.random.Generator, *, foreground: bool) -> tuple[str, Corner]:
-        case, depth = self.items[_LABELED].at(item)
-        if self.all_classes:
-            return case, self._complete_corner(case, depth, generator)
+    def _corner(
+        self, stream: int, case: str, depth: int, generator: np.random.Generator, *, foreground: bool
+    ) -> Corner:
+        if self.classes[stream] > 1:
+            voxels = self._known_voxels(stream, case, depth)
+            return self._patches.with_classes(case, depth, voxels, generator, wanted=self.classes[stream] - 1)
         if foreground:
             voxels = self.store.foreground(case)
             if voxels:
-                return case, self._corner_around(case, _any_voxel(voxels, generator))
-        return case, self._random_corner(case, depth, generator)
+                return self._patches.around(case, any_voxel(voxels, generator))
+        return self._patches.random(case, depth, generator)
 
-    def _complete_corner(self, case: str, depth: int, generator: np.random.Generator) -> Corner:
-        """The first patch around drawn foreground voxels that holds every class, else the one with most."""
-        voxels = self._known_voxels(case, depth)
-        best, most = self._random_corner(case, depth, generator), 0
-        for _ in range(_TRIES if voxels else 0):
-            corner = self._corner_around(case, _any_voxel(voxels, generator))
-            end = np.add(corner, self._patch)
-            held = sum(bool(((v >= corner) & (v < end)).all(axis=1).any()) for v in voxels.values())
-            if held > most:
-                best, most = corner, held
-            if most == len(voxels):
-                break
-        return best
-
-    def _known_voxels(self, case: str, depth: int) -> dict[int, NDArray[np.int64]]:
-        """Foreground voxels by class: the store's sample in 3D, all of the slice in 2D."""
+    def _known_voxels(self, stream: int, case: str, depth: int) -> dict[int, NDArray[np.int64]]:
+        """Foreground voxels by class: the drawn ones in 3D, all of the slice in 2D."""
         if self.plan.spatial_dims == 3:
-            return self.store.foreground(case)
-        plane = self.store.read_label(case, (slice(depth, depth + 1), slice(None), slice(None)))
+            found, shape = self._presence(stream, case).foreground, self.store.shape(case)
+            return {value: np.stack(np.unravel_index(flat, shape), axis=1) for value, flat in found.items()}
+        read = self.store.read_label
+        if stream == _UNLABELED and self.pseudo_labels is not None:
+            read = self.pseudo_labels.read
+        plane = read(case, (slice(depth, depth + 1), slice(None), slice(None)))
         offset = np.array([depth, 0, 0])
         return {int(value): np.argwhere(plane == value) + offset for value in np.unique(plane[plane > 0])}
 
-    @property
-    def _patch(self) -> Corner:
-        height, width = self.plan.patch_size[-2:]
-        return (self.plan.patch_size[0] if self.plan.spatial_dims == 3 else 1), height, width
-
-    def _limits(self, case: str) -> tuple[Corner, Corner]:
-        """First and last corner of a patch; negative ones begin in the zeros that surround a small case.
-
-        The padding is the plan's: what is missing, or, with a margin, the literature's for LA. That one is on
-        every axis as soon as one side of the case is not larger than the patch.
-        """
-        lows, highs = [], []
-        sides, shape = self._patch, self.store.shape(case)
-        first = 3 - self.plan.spatial_dims
-        margin = self.plan.pad_margin
-        small = margin > 0 and any(n <= side for n, side in zip(shape[first:], sides[first:], strict=True))
-        for axis, (n, side) in enumerate(zip(shape, sides, strict=True)):
-            if small and axis >= first:
-                pad = max((side - n) // 2 + margin, 0)
-                low, high = -pad, n + pad - side
-            else:
-                low = -(max(side - n, 0) // 2)
-                high = low + max(n - side, 0)
-            lows.append(low)
-            highs.append(high)
-        return (lows[0], lows[1], lows[2]), (highs[0], highs[1], highs[2])
-
-    def _random_corner(self, case: str, depth: int, generator: np.random.Generator) -> Corner:
-        """Any position at which the patch lies inside the case and its padding; in 2D on the given slice."""
-        lows, highs = self._limits(case)
-        z, y, x = (int(value) for value in generator.integers(0, np.subtract(highs, lows) + 1) + lows)
-        return (z if self.plan.spatial_dims == 3 else depth), y, x
-
-    def _corner_around(self, case: str, voxel: NDArray[np.int64]) -> Corner:
-        """The patch with the voxel in its middle, moved as far as needed to lie inside the case and its padding."""
-        sides = zip(voxel, self._patch, *self._limits(case), strict=True)
-        z, y, x = (min(max(int(v) - side // 2, low), high) for v, side, low, high in sides)
-        return z, y, x
-
-    def _cut(self, read: Read, case: str, corner: Corner) -> NDArray[Any]:
-        """Read a patch (..., *patch), with zeros where it reaches beyond the case."""
-        window, beyond = [], []
-        for start, side, n in zip(corner, self._patch, self.store.shape(case), strict=True):
-            window.append(slice(max(start, 0), min(start + side, n)))
-            beyond.append((max(-start, 0), max(start + side - n, 0)))
-        part = read(case, (window[0], window[1], window[2]))
-        if any(before or after for before, after in beyond):
-            part = np.pad(part, [*[(0, 0)] * (part.ndim - 3), *beyond])
-        return part[..., 0, :, :] if self.plan.spatial_dims == 2 else part
-
     def _no_rows(self, image: NDArray[np.float32]) -> Tensor:
         return torch.empty((0, *image.shape), dtype=torch.float32)
-
-
-def _any_voxel(voxels: Mapping[int, NDArray[np.int64]], generator: np.random.Generator) -> NDArray[np.int64]:
-    """A random voxel of a random class, every class equally often."""
-    values = sorted(voxels)
-    of_class = voxels[values[int(generator.integers(len(values)))]]
-    voxel: NDArray[np.int64] = of_class[int(generator.integers(len(of_class)))]
-    return voxel
-
-
-def make_loader(
-    source: BatchSource, start: int, stop: int, workers: int | None, pin_memory: bool
-) -> Iterator[RawBatch]:
-    """The batches of iterations ``start`` to ``stop - 1`` in order, made by worker processes ahead of time.
-
-    They do not depend on the number of workers, and torch's global generator is left alone.
-
-    Args:
-        source: What to draw.
-        start: First iteration.
-        stop: Iteration after the last one.
-        workers: Processes; 0 makes each batch in this process when it is asked for. ``None``: 0 for the CPU, whose
-            steps take a hundred times as long as a batch; for a GPU (``pin_memory``) one per core but one, up to 4.
-        pin_memory: Whether batches lie in page-locked memory, from which they reach a GPU faster.
-
-    Raises:
-        ScantlyError: what a worker met, as one sentence.
-    """
-    # forked workers start in milliseconds, others import torch first (seconds); they touch numpy only, so
-    # threads and CUDA contexts of this process, which do not survive a fork, are not missed
-    if workers is None:
-        workers = min(_MOST_WORKERS, max(worker_count(None, _MOST_WORKERS + 1) - 1, 0)) if pin_memory else 0
-    forks = "fork" in multiprocessing.get_all_start_methods()
-    loader: DataLoader[RawBatch | ScantlyError] = DataLoader(
-        _Answers(source),
-        batch_size=None,
-        sampler=range(start, stop),
-        num_workers=workers,
-        collate_fn=_unchanged,
-        pin_memory=pin_memory,
-        worker_init_fn=_start_worker,
-        multiprocessing_context=("fork" if forks else "spawn") if workers else None,
-        prefetch_factor=4 if workers else None,
-        generator=torch.Generator(),
-    )
-    for answer in loader:
-        if isinstance(answer, ScantlyError):
-            raise answer
-        yield answer
-
-
-@dataclass
-class _Answers(Dataset[RawBatch | ScantlyError]):
-    """Batches, or the error: torch would hand an error from a worker on with the worker's traceback as text."""
-
-    source: BatchSource
-
-    def __getitem__(self, iteration: int) -> RawBatch | ScantlyError:
-        try:
-            return self.source[iteration]
-        except ScantlyError as error:
-            return error.with_traceback(None)
-
-
-def _unchanged(batch: Any) -> Any:
-    return batch
-
-
-def _start_worker(_: int) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the main process decides
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)  # a forked worker inherits the training's handler
-    torch.set_num_threads(1)

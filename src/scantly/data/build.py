@@ -31,8 +31,6 @@ from pathlib import Path
 from typing import Any
 
 import filelock
-import numpy as np
-from numpy.typing import NDArray
 
 from scantly import imaging
 from scantly.data.arrays import chunks_for, write_array
@@ -40,6 +38,7 @@ from scantly.data.dataset import Dataset
 from scantly.data.parallel import in_order, worker_count
 from scantly.data.plan import Plan
 from scantly.data.prepare import Record, prepare, prepare_label
+from scantly.data.presence import Presence
 from scantly.data.store import FORMAT, MANIFEST, Store
 from scantly.errors import ConfigError, DatasetError, ImageError
 from scantly.files import digest, read_json, write_json, write_text
@@ -49,7 +48,6 @@ __all__ = ["build_store"]
 
 log = logging.getLogger("scantly")
 
-_FOREGROUND_VOXELS = 1000
 #: Memory that preparation takes per voxel and channel, of the grid before or after it; measured: 27.
 _BYTES_PER_VOXEL = 32
 
@@ -227,21 +225,7 @@ class _Job:
         # the image's grid: a difference within the tolerance must not turn or size the label otherwise
         array = prepare_label(Label(label.array, record.geometry), self.plan)
         size = write_array(path, array, chunks_for(array.shape, self.plan.spatial_dims))
-        _write_sidecar(path, {"sources": sources, "bytes": size, **_find_presence(array, self.name)})
-
-
-def _find_presence(label: NDArray[Any], name: str) -> dict[str, Any]:
-    """Classes per slice, and up to 1000 voxels per foreground class (flat indices, drawn by the name)."""
-    foreground = {}
-    for value in np.unique(label):
-        if value == 0:
-            continue
-        flat = np.flatnonzero(label == value)
-        if flat.size > _FOREGROUND_VOXELS:
-            generator = np.random.default_rng([int(digest(name), 16), int(value)])
-            flat = np.sort(generator.choice(flat, _FOREGROUND_VOXELS, replace=False))
-        foreground[str(int(value))] = flat.tolist()
-    return {"classes_per_slice": [np.unique(plane).tolist() for plane in label], "foreground": foreground}
+        _write_sidecar(path, {"sources": sources, "bytes": size, **Presence.of(array, self.name).to_dict()})
 
 
 def _sources(paths: Sequence[Path]) -> list[list[Any]]:

@@ -8,13 +8,20 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from scantly.data.arrays import ArrayFolder, write_array
+from scantly.data.arrays import ArrayFolder, Recent, write_array
+from scantly.data.presence import Presence
+from scantly.errors import ConfigError, DatasetError
+from scantly.files import read_json, write_json
 
 __all__ = ["PseudoLabels"]
+
+_PRESENCES = 1024
 
 
 class PseudoLabels:
     """Labels that the engine predicted for unlabeled cases, on the prepared grid, one file per case.
+
+    Beside each lies a JSON file with the classes it holds.
 
     Attributes:
         folder: Where they lie.
@@ -26,6 +33,7 @@ class PseudoLabels:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._files = ArrayFolder(folder.absolute())
+        self._presences: Recent[str, Presence] = Recent(_PRESENCES)
 
     @classmethod
     def open(cls, folder: Path) -> PseudoLabels:
@@ -44,7 +52,9 @@ class PseudoLabels:
         kind = np.uint8 if array.max(initial=0) <= 255 else np.int16
         depth, height, width = (min(n, side) for n, side in zip(array.shape, self._CHUNK, strict=True))
         write_array(self.folder / f"{case}.b2nd", array.astype(kind), (depth, height, width))
+        write_json(self.folder / f"{case}.json", Presence.of(array, case).to_dict())
         self._files.forget(f"{case}.b2nd")
+        self._presences.forget(case)
 
     def read(self, case: str, index: tuple[slice, slice, slice]) -> NDArray[Any]:
         """Part of a case's label map, (d, h, w).
@@ -53,3 +63,20 @@ class PseudoLabels:
             DatasetError: if the case has none.
         """
         return self._files.read(f"{case}.b2nd", index)
+
+    def presence(self, case: str) -> Presence:
+        """Which classes a case's label map holds.
+
+        Raises:
+            DatasetError: if the file that says so is missing or damaged.
+        """
+        return self._presences.get(case, lambda: self._read_presence(case))
+
+    def _read_presence(self, case: str) -> Presence:
+        path = self.folder / f"{case}.json"
+        try:
+            return Presence.from_dict(read_json(path))
+        except (ConfigError, KeyError, TypeError) as error:
+            raise DatasetError(
+                f"{path} is missing or damaged ({error}); remove the run folder and train it anew."
+            ) from error

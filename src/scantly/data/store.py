@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +12,7 @@ from numpy.typing import NDArray
 
 from scantly.data.arrays import ArrayFolder, DamagedArrayError, Recent
 from scantly.data.prepare import Record
+from scantly.data.presence import Presence
 from scantly.errors import DatasetError
 
 __all__ = ["FORMAT", "MANIFEST", "Store"]
@@ -49,7 +48,7 @@ class Store:
         self._folder = ArrayFolder(url)
         self._images = ArrayFolder(f"{url.rstrip('/').rpartition('/')[0]}/images")
         self._records: Recent[str, Record] = Recent(_SIDECARS)
-        self._presences: Recent[str, _Presence] = Recent(_SIDECARS)
+        self._presences: Recent[str, Presence] = Recent(_SIDECARS)
 
     @classmethod
     def open(cls, url: str | Path) -> Store:
@@ -113,14 +112,14 @@ class Store:
     def classes_per_slice(self, case: str) -> NDArray[np.bool_]:
         """Which classes each slice of a labeled case holds, (D, K) bool; column 0 is background."""
         present = np.zeros((self.shape(case)[0], self.num_classes), dtype=bool)
-        for row, values in enumerate(self._presence(case).classes_per_slice):
+        for row, values in enumerate(self.presence(case).classes_per_slice):
             present[row, values] = True
         return present
 
     def foreground(self, case: str) -> dict[int, NDArray[np.int64]]:
         """Sampled voxels of each foreground class in a labeled case, (n, 3) as (z, y, x), n <= 1000."""
         shape = self.shape(case)
-        found = self._presence(case).foreground
+        found = self.presence(case).foreground
         return {value: np.stack(np.unravel_index(flat, shape), axis=1) for value, flat in found.items()}
 
     def _read(self, folder: ArrayFolder, name: str, index: tuple[slice, ...]) -> NDArray[Any]:
@@ -150,24 +149,10 @@ class Store:
         if not self.has_label(case):
             raise DatasetError(f"the label of case '{case}' is not in the store {self.url}: it is hidden.")
 
-    def _presence(self, case: str) -> _Presence:
+    def presence(self, case: str) -> Presence:
+        """Which classes the label of a labeled case holds."""
         self._require_label(case)
-        return self._presences.get(case, lambda: _Presence.of(_sidecar(self._folder, f"labels/{case}")))
-
-
-@dataclass(frozen=True)
-class _Presence:
-    """Where a label has which class."""
-
-    classes_per_slice: tuple[NDArray[np.int64], ...]
-    foreground: dict[int, NDArray[np.int64]]
-
-    @classmethod
-    def of(cls, sidecar: Mapping[str, Any]) -> _Presence:
-        """As arrays, which take a fraction of the memory of lists."""
-        slices = tuple(np.array(values, dtype=np.int64) for values in sidecar["classes_per_slice"])
-        voxels = {int(value): np.array(flat, dtype=np.int64) for value, flat in sidecar["foreground"].items()}
-        return cls(slices, voxels)
+        return self._presences.get(case, lambda: Presence.from_dict(_sidecar(self._folder, f"labels/{case}")))
 
 
 def _sidecar(folder: ArrayFolder, name: str) -> dict[str, Any]:

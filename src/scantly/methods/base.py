@@ -19,7 +19,7 @@ from scantly import networks
 from scantly.errors import ConfigError
 from scantly.settings import Settings
 
-__all__ = ["Batch", "Handles", "Method", "MethodConfig", "OptimizerSpec", "Progress", "Stage", "Task"]
+__all__ = ["Batch", "Handles", "Method", "MethodConfig", "OptimizerSpec", "Progress", "Rows", "Stage", "Task"]
 
 
 @dataclass(frozen=True)
@@ -62,6 +62,20 @@ class Task:
             arguments=self.network_arguments,
         )
 
+    def encoder_decoder(self) -> networks.EncoderDecoder:
+        """:meth:`network` for methods that use features, not logits alone.
+
+        Raises:
+            ConfigError: if the backbone gives logits only, as MONAI's do.
+        """
+        network = self.network()
+        if not isinstance(network, networks.EncoderDecoder):
+            raise ConfigError(
+                f"network {self.network_name} gives logits only, and this method needs its features; choose "
+                "network.name unet, unet3d, vnet or dynunet."
+            )
+        return network
+
     def to_dict(self) -> dict[str, Any]:
         """Plain data from which :meth:`from_dict` rebuilds the task."""
         return {
@@ -95,6 +109,9 @@ class Batch:
         pseudo_labels: Labels that an earlier stage wrote for the unlabeled rows, geometry as ``unlabeled``,
             ``(Bu, *spatial)``, int64; ``None`` before any stage has relabeled the pool.
         pseudo_labels_raw: The same before the weak augmentation.
+        extra: A second group of labeled images, where the stage asks for one (:attr:`Stage.extra`), never augmented,
+            ``(Be, C, *spatial)``; ``None`` elsewhere.
+        extra_labels: Their labels, ``(Be, *spatial)``, int64.
     """
 
     labeled: Tensor
@@ -107,6 +124,8 @@ class Batch:
     unlabeled_cases: tuple[str, ...] = ()
     pseudo_labels: Tensor | None = None
     pseudo_labels_raw: Tensor | None = None
+    extra: Tensor | None = None
+    extra_labels: Tensor | None = None
 
     @property
     def images(self) -> Tensor:
@@ -142,30 +161,47 @@ class Progress:
 
 
 @dataclass(frozen=True)
+class Rows:
+    """What one stream of a stage gives per step.
+
+    Attributes:
+        count: Rows; ``None``: as the plan says.
+        classes: Only slices (in 2D), or cases and then patches (in 3D), with at least so many classes are drawn,
+            background counted; 0: any. Where fewer than ``count`` of them have so many, one class less is asked for,
+            and so on. Of unlabeled cases the pseudo-labels count, so a stage must have relabeled the pool.
+    """
+
+    count: int | None = None
+    classes: int = 0
+
+
+@dataclass(frozen=True)
 class Stage:
     """A part of the training with its own losses, batches or optimizer state.
 
     Attributes:
         name: Shown in the progress and given to the method as ``progress.stage``.
         share: Share of the training budget; shares are normalized by their sum.
-        labeled_only: No unlabeled rows are loaded (``Bu`` is 0).
-        labeled_batch_size: Rows per step; ``None``: as the plan says.
-        unlabeled_batch_size: Rows per step; ``None``: as the plan says.
+        labeled: Labeled rows per step.
+        unlabeled: Unlabeled rows per step; ``Rows(0)`` loads none.
+        extra: A second group of labeled rows, drawn apart from ``labeled`` and not augmented.
         restart_optimizers: Optimizers and learning-rate schedules start anew at the stage's first iteration;
-            else both go on, the schedule over this stage and those before it that share the optimizers.
-        relabel: Before the stage begins, the engine predicts the unlabeled pool with ``method.predictor``
-            and gives the result as ``batch.pseudo_labels`` from then on.
-        all_classes: Only labeled slices or patches that hold every class are drawn, where there are any.
+            else both go on, the schedule over this stage and those before it that share the optimizers. The stages
+            that share optimizers also share the search for the best validation, which begins anew with them.
+        from_best: The stage begins with the weights, optimizers and memory of the best validation so far, where the
+            run's model is chosen by validation; where it is the last iteration's, with what the last one left.
+        relabel: Before the stage begins, and after ``from_best``, the engine predicts the unlabeled pool with
+            ``method.predictor`` and gives the result as ``batch.pseudo_labels`` from then on.
     """
 
     name: str = "train"
     share: float = 1.0
-    labeled_only: bool = False
-    labeled_batch_size: int | None = None
-    unlabeled_batch_size: int | None = None
+    labeled: Rows = Rows()
+    unlabeled: Rows = Rows()
+    extra: Rows = Rows(0)
     restart_optimizers: bool = True
+    from_best: bool = False
     relabel: bool = False
-    all_classes: bool = False
 
 
 @dataclass(frozen=True)
@@ -265,7 +301,7 @@ class Method(nn.Module, ABC):
 
     def stages(self) -> list[Stage]:
         """Stages in order; the default is one over the whole budget."""
-        return [Stage(labeled_only=not self.uses_unlabeled)]
+        return [Stage(unlabeled=Rows() if self.uses_unlabeled else Rows(0))]
 
     def enter_stage(self, stage: Stage, *, first: bool) -> None:
         """Called before a stage's first iteration, and again when a killed run is resumed inside it.
@@ -282,6 +318,18 @@ class Method(nn.Module, ABC):
         A stage that does not restart optimizers has those of the stage before.
         """
         return {"main": OptimizerSpec()}
+
+    def pseudo_labels(self, probs: Tensor) -> Tensor:
+        """What relabeling writes for one unlabeled case; the default is the most probable class.
+
+        Args:
+            probs: Class probabilities of the whole case on the prepared grid, ``(classes, D, H, W)``, float32, on the
+                CPU; in 2D the D slices of a case.
+
+        Returns:
+            Class indices, ``(D, H, W)``, integers.
+        """
+        return probs.argmax(0)
 
     def log(self, name: str, value: Tensor) -> None:
         """Record a scalar that is only watched. Nothing is synchronized until it is written."""

@@ -9,14 +9,24 @@ from torch import Tensor, nn
 
 from scantly.errors import ConfigError, unknown_name
 
-__all__ = ["CONV", "DROP_CHANNELS", "POOL", "AddingUp", "ConcatenatingUp", "Upsampling", "conv_layers", "interpolation"]
+__all__ = [
+    "BATCH_NORM",
+    "CONV",
+    "DROP_CHANNELS",
+    "POOL",
+    "AddingUp",
+    "ConcatenatingUp",
+    "Upsampling",
+    "conv_layers",
+    "interpolation",
+]
 
 CONV: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 POOL: dict[int, type[nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 #: Dropout of whole channels.
 DROP_CHANNELS: dict[int, type[nn.Module]] = {2: nn.Dropout2d, 3: nn.Dropout3d}
 _TRANSPOSED: dict[int, type[nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
-_BATCH_NORM: dict[int, type[nn.Module]] = {2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
+BATCH_NORM: dict[int, type[nn.Module]] = {0: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _INSTANCE_NORM: dict[int, type[nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 _NORMS = ("batch", "instance", "group", "none")
@@ -28,7 +38,7 @@ _UPSAMPLINGS = ("transposed", "linear", "nearest")
 
 def _norm(name: str, spatial_dims: int, channels: int) -> list[nn.Module]:
     if name == "batch":
-        return [_BATCH_NORM[spatial_dims](channels)]
+        return [BATCH_NORM[spatial_dims](channels)]
     if name == "instance":
         return [_INSTANCE_NORM[spatial_dims](channels)]
     if name == "group":

@@ -14,8 +14,9 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from scantly.data.batches import BatchSource, RawBatch, make_loader
+from scantly.data.batches import BatchSource, RawBatch
 from scantly.data.dataset import Dataset
+from scantly.data.loader import make_loader
 from scantly.data.pseudo_labels import PseudoLabels
 from scantly.data.store import Store
 from scantly.errors import DeviceError, RunError, ScantlyError
@@ -97,6 +98,7 @@ class Engine:
         self.run, self.config, self.method = run, config, method
         self.dataset, self.store, self.fabric, self.quiet = dataset, store, fabric, quiet
         self.split = run.split
+        self.selects_best = config.evaluation.selection == "best"
         self.spans = stage_spans(method.stages(), config.training.steps)
         self.iteration = 0
         self.best = _Best()
@@ -133,6 +135,19 @@ class Engine:
         begins = self.iteration == span.start
         if state is not None:
             restore_rng(self.method.generator, state["generators"])
+        if begins and span.stage.from_best and self.selects_best:
+            self._go_back_to_best(span)
+        if begins and span.start == span.schedule[0]:
+            self.best = _Best()
+        if begins and len(self.spans) > 1:
+            _LOGGER.info(
+                "stage '%s' (%d of %d), iterations %d to %d",
+                span.stage.name,
+                self.spans.index(span) + 1,
+                len(self.spans),
+                span.start + 1,
+                span.stop,
+            )
         pseudo_labels = self._pseudo_labels(span, begins=begins)
         self.method.enter_stage(span.stage, first=begins)
         first, after = span.schedule
@@ -209,6 +224,8 @@ class Engine:
             unlabeled_cases=raw.unlabeled_cases,
             pseudo_labels=unseen.maps[0].long() if unseen is not None and maps else None,
             pseudo_labels_raw=None if pseudo is None else pseudo.long(),
+            extra=None if raw.extra is None else self._layout(raw.extra.to(device, non_blocking=True)),
+            extra_labels=None if raw.extra_labels is None else raw.extra_labels.to(device, non_blocking=True).long(),
         )
 
     def _autocast(self) -> torch.autocast:
@@ -227,18 +244,23 @@ class Engine:
 
     def _loader(self, span: StageSpan, pseudo_labels: PseudoLabels | None) -> Iterator[RawBatch]:
         stage, plan = span.stage, self.config.plan
-        unlabeled = () if stage.labeled_only else self.split.unlabeled
+        unlabeled_rows = stage.unlabeled.count
+        if unlabeled_rows is None:
+            unlabeled_rows = plan.unlabeled_batch_size if self.split.unlabeled else 0
         source = BatchSource(
             self.store,
             self.split.labeled,
-            unlabeled,
+            self.split.unlabeled if unlabeled_rows else (),
             plan,
-            labeled_batch_size=stage.labeled_batch_size or plan.labeled_batch_size,
-            unlabeled_batch_size=0 if not unlabeled else stage.unlabeled_batch_size or plan.unlabeled_batch_size,
+            labeled_batch_size=plan.labeled_batch_size if stage.labeled.count is None else stage.labeled.count,
+            unlabeled_batch_size=unlabeled_rows,
+            extra_batch_size=stage.extra.count or 0,
+            labeled_classes=stage.labeled.classes,
+            unlabeled_classes=stage.unlabeled.classes,
+            extra_classes=stage.extra.classes,
             seed=self.config.training.seed,
             rank=self.fabric.global_rank,
             world_size=self.fabric.world_size,
-            all_classes=stage.all_classes,
             pseudo_labels=pseudo_labels,
         )
         workers = self.config.data.workers
@@ -254,7 +276,7 @@ class Engine:
         if begins and writer == index and self.fabric.is_global_zero:
             _LOGGER.info("stage '%s': predicting %d unlabeled cases", span.stage.name, len(self.split.unlabeled))
             relabel(
-                self.method.predictor,
+                self.method,
                 self.split.unlabeled,
                 store=self.store,
                 plan=self.config.plan,
@@ -269,11 +291,12 @@ class Engine:
         settings = self.config.training
         logged = self.method.pop_logged()
         last = self.iteration == settings.steps
-        saves = self.iteration % settings.checkpoint_interval == 0 or last or self._interruption.requested
+        border = self.iteration == loop.span.stop
+        saves = self.iteration % settings.checkpoint_interval == 0 or border or self._interruption.requested
         if saves or self.iteration % settings.log_every == 0:  # before saving: no checkpoint of a diverged state
             self._log(loop, terms, logged)
         validates = self.iteration % settings.validation_interval(self.config.plan.spatial_dims) == 0
-        if self.split.val and (validates or last):
+        if self.split.val and (validates or last or (border and self._next_goes_back(loop.span))):
             with loop.paused():
                 self._validate(loop)
         if saves:
@@ -327,9 +350,32 @@ class Engine:
         loop.line.update(self.iteration, note=f"validation Dice {score:.4f}", force=True)
         if score > self.best.value or self.best.iteration == 0:
             self.best = _Best(-1.0 if math.isnan(score) else score, self.iteration)
+            state = self._state(loop) if self.selects_best and self._goes_back else {"iteration": self.iteration}
             weights = self.method.predictor.state_dict()
-            state = {"iteration": self.iteration, "dice": self.best.value, "predictor": weights}
-            save_checkpoint(self.run.best_checkpoint, state)
+            save_checkpoint(self.run.best_checkpoint, {**state, "dice": self.best.value, "predictor": weights})
+
+    @property
+    def _goes_back(self) -> bool:
+        return any(span.stage.from_best for span in self.spans)
+
+    def _next_goes_back(self, span: StageSpan) -> bool:
+        following = self.spans[self.spans.index(span) + 1 :]
+        return bool(following) and following[0].stage.from_best and self.selects_best
+
+    def _go_back_to_best(self, span: StageSpan) -> None:
+        """Continue from the best validation so far.
+
+        It is kept in a file of its own: a kill inside the stage may come after a better validation there, and the
+        stage must begin again with what it began with.
+        """
+        path = self.run.stage_checkpoint(self.spans.index(span))
+        if not path.is_file() and self.fabric.is_global_zero:
+            save_checkpoint(path, load_checkpoint(self.run.best_checkpoint))
+        self.fabric.barrier()
+        state = load_checkpoint(path, self.fabric.device)
+        self.method.load_state_dict(state["method"], strict=True)
+        self._previous_optimizers = state["optimizers"]
+        _LOGGER.info("stage '%s' begins from iteration %d, the best validation", span.stage.name, state["iteration"])
 
     def _save(self, loop: _Loop) -> None:
         if loop.log is None:
@@ -341,13 +387,16 @@ class Engine:
                 "training.gradient_clip, or use --precision 32, with another --out. The last checkpoint is kept."
             )
         loop.log.flush()
-        state = {
+        save_checkpoint(
+            self.run.last_checkpoint, {**self._state(loop), "generators": capture_rng(self.method.generator)}
+        )
+
+    def _state(self, loop: _Loop) -> dict[str, Any]:
+        return {
             "iteration": self.iteration,
             "method": self.method.state_dict(),
             "optimizers": loop.handles.state_dict(),
-            "generators": capture_rng(self.method.generator),
         }
-        save_checkpoint(self.run.last_checkpoint, state)
 
     def _load(self) -> dict[str, Any] | None:
         path = self.run.last_checkpoint
@@ -359,7 +408,9 @@ class Engine:
         self.iteration = int(state["iteration"])
         if self.run.best_checkpoint.is_file():  # the score that belongs to the weights there, also if it is a later one
             best = load_checkpoint(self.run.best_checkpoint)
-            self.best = _Best(best["dice"], best["iteration"])
+            first, after = next(span.schedule for span in self.spans if self.iteration <= span.stop)
+            if first < best["iteration"] <= after:  # else that of other stages, which search for their own
+                self.best = _Best(best["dice"], best["iteration"])
         self.method.load_state_dict(state["method"], strict=True)
         if self.iteration in {span.start for span in self.spans}:
             self._previous_optimizers = state["optimizers"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 import torch
 
@@ -10,6 +11,7 @@ from scantly.data.parallel import total_memory
 from scantly.data.topology import training_bytes
 from scantly.errors import DeviceError, times
 from scantly.methods import catalogue
+from scantly.methods.base import Stage
 from scantly.networks import side_factors
 from scantly.training.config import RunConfig
 
@@ -19,27 +21,27 @@ __all__ = ["check_memory", "step_bytes"]
 _BF16 = 0.6
 
 
-def step_bytes(config: RunConfig) -> float:
-    """What the activations of one forward and backward pass over a batch take, about.
+def step_bytes(config: RunConfig, stages: Sequence[Stage] = (Stage(),)) -> float:
+    """What the activations of one forward and backward pass over the largest batch of the stages take, about.
 
     Weights, averages, further networks and workspaces are not counted; a network of MONAI's counts as a U-Net.
     """
     plan, network = config.plan, config.network
     per_voxel = training_bytes(network.name, plan.spatial_dims, network.arguments.get("widths"))
     scale = _BF16 if config.training.precision == "bf16" else 1.0
-    return sum(_rows(config)) * math.prod(plan.patch_size) * per_voxel * scale
+    return sum(_rows(config, stages)) * math.prod(plan.patch_size) * per_voxel * scale
 
 
-def check_memory(config: RunConfig, device: torch.device) -> None:
+def check_memory(config: RunConfig, device: torch.device, stages: Sequence[Stage] = (Stage(),)) -> None:
     """Refuse a step that the whole memory of the device could not hold.
 
     Raises:
         DeviceError: naming patch, need, memory, and a patch that needs half of it.
     """
-    need, memory = step_bytes(config), _memory(device)
+    need, memory = step_bytes(config, stages), _memory(device)
     if memory is None or need <= memory:
         return
-    rows = " + ".join(str(count) for count in _rows(config))
+    rows = " + ".join(str(count) for count in _rows(config, stages))
     sides = _smaller(config, memory / need / 2)
     raise DeviceError(
         f"a step over {rows} rows of {times(config.plan.patch_size)} by network {config.network.name} "
@@ -49,11 +51,16 @@ def check_memory(config: RunConfig, device: torch.device) -> None:
     )
 
 
-def _rows(config: RunConfig) -> list[int]:
-    """Labeled and, if the method loads them, unlabeled rows of a step."""
+def _rows(config: RunConfig, stages: Sequence[Stage]) -> list[int]:
+    """Labeled, unlabeled and extra rows of the largest step, without those that are not loaded."""
     plan = config.plan
-    unlabeled = catalogue.load(config.method_name).uses_unlabeled and bool(config.split["unlabeled"])
-    return [plan.labeled_batch_size, *([plan.unlabeled_batch_size] if unlabeled else [])]
+    pool = catalogue.load(config.method_name).uses_unlabeled and bool(config.split["unlabeled"])
+    planned = plan.labeled_batch_size, plan.unlabeled_batch_size if pool else 0, 0
+    counts = [
+        [default if rows.count is None else rows.count for rows, default in zip(streams, planned, strict=True)]
+        for streams in ((stage.labeled, stage.unlabeled, stage.extra) for stage in stages)
+    ]
+    return [count for count in max(counts, key=sum) if count]
 
 
 def _smaller(config: RunConfig, share: float) -> list[int]:

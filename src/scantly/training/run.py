@@ -72,6 +72,10 @@ class Run:
         """The weights that predict."""
         return self.folder / "model.safetensors"
 
+    def stage_checkpoint(self, index: int) -> Path:
+        """What a stage that begins with the best validation so far began with."""
+        return self.folder / "checkpoints" / f"stage-{index}.ckpt"
+
     @property
     def last_checkpoint(self) -> Path:
         """The full state of the last checkpoint."""

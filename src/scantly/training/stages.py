@@ -7,17 +7,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import nn
 
 from scantly.data.plan import Plan
+from scantly.data.prepare import restore_label
 from scantly.data.pseudo_labels import PseudoLabels
 from scantly.data.store import Store
 from scantly.errors import ConfigError
-from scantly.inference.original import most_probable
+from scantly.imaging import write_label
 from scantly.inference.settings import DEFAULT_INFERENCE, InferenceSettings
 from scantly.inference.windows import predict_array
-from scantly.methods.base import Stage
+from scantly.methods.base import Method, Stage
 
 __all__ = ["StageSpan", "evaluation_mode", "pseudo_label_folder", "relabel", "stage_spans"]
 
@@ -102,7 +104,7 @@ class evaluation_mode:  # noqa: N801 - a context manager, used like a function
 
 
 def relabel(
-    network: nn.Module,
+    method: Method,
     cases: Sequence[str],
     *,
     store: Store,
@@ -113,8 +115,10 @@ def relabel(
 ) -> PseudoLabels:
     """Predict the unlabeled pool, one case at a time, and write the label maps.
 
+    Beside each map on the prepared grid lies one on the scan's own grid, ``<case>.nii.gz``, to be looked at.
+
     Args:
-        network: The method's predictor, on ``device``.
+        method: Its predictor, on ``device``, predicts, and its ``pseudo_labels`` makes labels of probabilities.
         cases: Names of the pool.
         store: Prepared images.
         plan: How they were prepared.
@@ -123,6 +127,7 @@ def relabel(
         inference: How whole scans are predicted; the choice of components is for reported label maps alone.
     """
     written = PseudoLabels(folder)
+    network = method.predictor
     with evaluation_mode(network):
         for case in cases:
             image = store.read_image(case, _WHOLE)
@@ -134,5 +139,8 @@ def relabel(
                 device=device,
                 settings=inference,
             )
-            written.write(case, most_probable(probs))
+            labels = method.pseudo_labels(torch.from_numpy(probs)).numpy().astype(np.int16)
+            record = store.record(case)
+            write_label(folder / f"{case}.nii.gz", restore_label(labels, record, plan), record.geometry)
+            written.write(case, labels)
     return written

@@ -120,10 +120,10 @@ def train_config(config: RunConfig, out: str | Path, *, resume: bool = False, qu
     device = select_device(settings.device)
     fabric = Fabric(accelerator=device.type, devices=settings.devices, num_nodes=settings.nodes)
     fabric.launch()
-    check_memory(config, fabric.device)
     with run.locked() if fabric.is_global_zero else nullcontext():
         torch.manual_seed(settings.seed)
         method = build_method(config)  # before anything is written: it may refuse network or settings
+        check_memory(config, fabric.device, method.stages())
         if fabric.is_global_zero:
             environment = describe_environment(fabric.device, world_size=fabric.world_size)
             run.claim(config, environment, resume=resume)
