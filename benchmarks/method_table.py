@@ -3,6 +3,8 @@
     python benchmarks/method_table.py ACDC --recipe acdc-cpu --runs runs/acdc-cpu --out benchmarks/results/acdc-cpu.json
     python benchmarks/method_table.py LA --recipe la --labeled 8 --seeds 1 --device cuda --runs runs/la
 
+A method may carry settings of its own, for ablations: ``arco:sampler=naive`` or ``plgcl:contrast_weight=0``.
+
 Every cell is a run folder; finished cells are not trained again, an interrupted one is resumed, so the list can be
 stopped and started at will, also by two processes at once (``--share 0/2`` and ``--share 1/2``). Seeds are named on
 the command line before anything is trained and none is left out. The last iteration is evaluated on ``val``.
@@ -35,19 +37,28 @@ def cells(arguments: argparse.Namespace) -> list[tuple[str, str, int]]:
     ]
 
 
+def folder_of(arguments: argparse.Namespace, method: str, labeled: str, seed: int) -> Path:
+    """The run folder of a cell."""
+    name = method.translate(str.maketrans(":=,", "---"))
+    folder: Path = arguments.runs / f"{name}-{labeled}-{seed}"
+    return folder
+
+
 def train_cell(arguments: argparse.Namespace, method: str, labeled: str, seed: int) -> None:
     """Train and evaluate one cell unless that is done."""
-    folder = arguments.runs / f"{method}-{labeled}-{seed}"
+    folder = folder_of(arguments, method, labeled, seed)
     run = Run(folder)
     if (folder / "evaluation" / "val.json").is_file():
         return
+    name, _, own = method.partition(":")
+    sets = [*arguments.set, *(f"method.{setting}" for setting in own.split(",") if setting)]
     flags = {
-        "method": method,
+        "method": name,
         "labeled": None if labeled == "all" else labeled,
         "seed": seed,
         "device": arguments.device,
     }
-    config = resolve(arguments.dataset, recipe=arguments.recipe, flags=flags, sets=arguments.set)
+    config = resolve(arguments.dataset, recipe=arguments.recipe, flags=flags, sets=sets)
     started, worked = time.monotonic(), time.process_time()
     train_config(config, folder, resume=True, quiet=True)
     spent = {"seconds": round(time.monotonic() - started), "cpu_seconds": round(time.process_time() - worked)}
@@ -56,24 +67,30 @@ def train_cell(arguments: argparse.Namespace, method: str, labeled: str, seed: i
     print(f"{folder.name}: {run.summary('val')['overall']['dice']['mean']:.4f}", flush=True)
 
 
+METRICS = {"dice": "dice", "hd95_voxels": "hd95", "asd_voxels": "asd"}
+
+
 def collect(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Means of every finished cell, and over the seeds."""
+    """Means of every finished cell, and over the seeds; distances in voxels."""
     rows = []
     for method, labeled, seed in cells(arguments):
-        folder = arguments.runs / f"{method}-{labeled}-{seed}"
+        folder = folder_of(arguments, method, labeled, seed)
         if not (folder / "evaluation" / "val.json").is_file():
             continue
         summary = Run.open(folder).summary("val")
+        overall, classes = summary["overall"], summary["classes"]
+        figures = {}
+        for metric, short in METRICS.items():
+            figures[short] = overall[metric]["mean"]
+            figures |= {f"{short} {name}": row[metric]["mean"] for name, row in classes.items()}
         rows.append(
             {
                 "method": method,
                 "labeled": labeled,
                 "seed": seed,
-                "dice": summary["overall"]["dice"]["mean"],
-                **{f"dice {name}": row["dice"]["mean"] for name, row in summary["classes"].items()},
-                "hd95_voxels": summary["overall"]["hd95_voxels"]["mean"],
-                "missed": summary["overall"]["missed"],
-                "spurious": summary["overall"]["spurious"],
+                **figures,
+                "missed": overall["missed"],
+                "spurious": overall["spurious"],
                 **read_json(folder / "spent.json"),
             }
         )
@@ -81,10 +98,14 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
     for labeled, method in itertools.product(arguments.labeled, arguments.methods):
         found = [row for row in rows if (row["method"], row["labeled"]) == (method, labeled)]
         if found:
-            mean = {key: statistics.fmean(row[key] for row in found) for key in found[0] if key.startswith("dice")}
+            mean = {
+                key: statistics.fmean(row[key] for row in found)
+                for key in found[0]
+                if key.split()[0] in METRICS.values()
+            }
             spread = statistics.stdev(row["dice"] for row in found) if len(found) > 1 else None
             over_seeds.append(
-                {"method": method, "labeled": labeled, "seeds": len(found), **mean, "std over seeds": spread}
+                {"method": method, "labeled": labeled, "seeds": len(found), **mean, "std of dice over seeds": spread}
             )
     return {"cells": rows, "over_seeds": over_seeds}
 
@@ -96,7 +117,9 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, required=True, help="folder of the run folders")
     parser.add_argument("--out", type=Path, help="JSON file of the table")
     parser.add_argument("--recipe", required=True)
-    parser.add_argument("--methods", nargs="+", default=["supervised", "mean_teacher"])
+    parser.add_argument(
+        "--methods", nargs="+", default=["supervised", "mean_teacher"], help="names, with settings after a colon"
+    )
     parser.add_argument("--labeled", nargs="+", default=["3", "7", "all"], help="subjects; 'all' is supervised only")
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])
     parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="on the CPU one thread is used")

@@ -1,4 +1,5 @@
 import shutil
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -117,6 +118,9 @@ def test_relabeling_uses_the_runs_windows_but_keeps_all_components(tmp_path, mon
         def read_image(self, case, index):
             return np.zeros((1, 2, 4, 4), np.float32)
 
+        def record(self, case):
+            return SimpleNamespace(geometry=None)
+
     probs = np.zeros((2, 2, 4, 4), np.float32)
     probs[0] = 0.5
     probs[1, 0, 0, 0] = probs[1, 1, 3, 2:] = 0.9
@@ -128,6 +132,9 @@ def test_relabeling_uses_the_runs_windows_but_keeps_all_components(tmp_path, mon
         return probs
 
     monkeypatch.setattr(stages, "predict_array", fake)
+    monkeypatch.setattr(stages, "restore_label", lambda labels, *_: labels)
+    monkeypatch.setattr(stages, "write_label", lambda *_: None)
+    method = SimpleNamespace(predictor=nn.Identity(), pseudo_labels=lambda probs: probs.argmax(0))
     plan = Plan(
         spatial_dims=2,
         normalization=[{"scheme": "none"}],
@@ -136,7 +143,7 @@ def test_relabeling_uses_the_runs_windows_but_keeps_all_components(tmp_path, mon
         unlabeled_batch_size=1,
     )
     written = stages.relabel(
-        nn.Identity(),
+        method,
         ["a"],
         store=FakeStore(),
         plan=plan,

@@ -2,6 +2,7 @@ import pytest
 import torch
 from torch import nn
 
+from scantly.errors import ConfigError
 from scantly.methods.base import Method, MethodConfig, OptimizerSpec, Stage, Task
 from scantly.training.config import TrainingSection
 from scantly.training.optimizers import TrainingHandles, learning_rate
@@ -122,3 +123,12 @@ def test_an_optimizers_own_power_end_and_clipping_win_over_the_recipes():
     handles.update("g")
     assert (method.g.weight - before).norm().item() == pytest.approx(0.01 * 0.5, rel=1e-4)
     assert list(TrainingHandles(method, Stage("later"), settings, 10).rates()) == ["d"]
+
+
+def test_nesterov_without_momentum_is_refused():
+    class Nesterov(Adversaries):
+        def optimizers(self, stage):
+            return {"main": OptimizerSpec(nesterov=True)}
+
+    with pytest.raises(ConfigError, match=r"training\.momentum is 0"):
+        TrainingHandles(Nesterov(), Stage(), TrainingSection(momentum=0), 10)

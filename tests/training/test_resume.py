@@ -74,6 +74,14 @@ VOLUMES: dict[str, Any] = {
 }
 
 
+#: Methods in several stages: settings that save time, and the borders of their stages in 12 iterations.
+STAGED: dict[str, tuple[dict[str, Any], list[int]]] = {
+    "arco": ({"dense_channels": 8, "anchors": 16, "negatives_per_anchor": 8}, [6]),
+    "plgcl": ({"patch_budget": 8}, [4]),
+    "lclpl": ({"seg_rows": 4, "pairs": 4}, [3, 6, 9]),
+}
+
+
 def configuration(cohort: Path, tiny: dict[str, Any], method: str, workers: int, store: Path) -> Any:
     return resolve(
         cohort,
@@ -105,6 +113,30 @@ def test_killed_anywhere_and_resumed_is_bit_identical(cohort, tiny, tmp_path, me
         assert not Run.open(out).finished
     assert run_process(config, out) == 0
 
+    assert_same(out, undisturbed)
+
+
+@pytest.mark.parametrize(("dims", "workers"), [(2, 0), (3, 2)], ids=str)
+@pytest.mark.parametrize("method", STAGED)
+def test_killed_inside_stages_and_exactly_at_their_borders(cohort, tiny, tmp_path, method, dims, workers):
+    settings, borders = STAGED[method]
+    if dims == 3:
+        tiny = merge(tiny, VOLUMES)
+    sets = merge(tiny, {"method": settings, "evaluation": {"selection": "best"}, "training": {"checkpoint_every": 5}})
+    config = configuration(cohort, sets, method, workers, tmp_path / "store")
+    undisturbed = tmp_path / "undisturbed"
+    assert run_process(config, undisturbed) == 0
+    out = tmp_path / "killed"
+    for kill_at in (2, *sorted({*borders, *(border + 1 for border in borders)}), 11):
+        assert run_process(config, out, kill_at=kill_at) == -signal.SIGKILL
+    assert run_process(config, out) == 0
+    assert_same(out, undisturbed)
+    stages = Run.open(undisturbed).log()["stage"].unique()
+    assert len(stages) == len(borders) + 1
+
+
+def assert_same(out: Path, undisturbed: Path) -> None:
+    """Model, all of the last state, and log."""
     assert (out / "model.safetensors").read_bytes() == (undisturbed / "model.safetensors").read_bytes()
     ours, theirs = (load_checkpoint(folder / "checkpoints/last.ckpt") for folder in (out, undisturbed))
     for name, value in theirs["method"].items():

@@ -135,3 +135,41 @@ def test_box_mask_by_hand() -> None:
 def test_bad_settings_are_named(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         parse(CutMixConfig, values, where="cutmix")
+
+
+@pytest.mark.parametrize("size", [(64, 64), (48, 96), (25, 31)])
+def test_rectangles_of_arco_cover_half_of_the_plane(size: tuple[int, int]) -> None:
+    """Up to half the rectangle's width, since its height is a whole number."""
+    edges = edges_of(views.sample_half_area(4000, size, generator=generator()).mask)
+    height, width = size
+    assert edges[:, 1].unique().tolist() == list(range(width // 2 + 1, width))
+    assert ((edges.prod(1) - height * width / 2).abs() <= edges[:, 1] / 2).all()
+    counts = edges[:, 1].bincount()[width // 2 + 1 :]
+    expected = 4000 / len(counts)
+    assert ((counts - expected).square() / expected).sum() < len(counts) + 6 * (2 * len(counts)) ** 0.5
+
+
+def test_corners_of_arcos_rectangles_are_uniform_among_those_that_fit() -> None:
+    mask = views.sample_half_area(20_000, (6, 4), generator=generator()).mask[:, 0]  # width 3, height 4
+    corners = mask.flatten(1).int().argmax(1)
+    assert corners.unique().tolist() == [row * 4 + column for row in range(3) for column in range(2)]
+    assert (corners.unique(return_counts=True)[1] / 20_000 - 1 / 6).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(("depth", "slices", "starts"), [(80, 10, 61), (20, 10, 1), (12, 10, 3), (7, 7, 1)])
+def test_boxes_of_arco_in_volumes_are_ten_slices_deep(depth: int, slices: int, starts: int) -> None:
+    mask = views.sample_half_area(2000, (depth, 8, 8), generator=generator()).mask
+    edges = edges_of(mask)
+    assert (edges[:, 0] == slices).all()
+    assert ((edges[:, 1:].prod(1) - 32).abs() <= edges[:, 2] / 2).all()
+    first = mask[:, 0].any(dim=(2, 3)).int().argmax(1)
+    assert first.unique().tolist() == list(range(starts))
+
+
+def test_pixels_labels_and_confidences_of_arcos_rectangles_come_from_the_next_image() -> None:
+    rows = torch.arange(4).view(4, 1, 1).expand(4, 12, 12)
+    params = views.sample_half_area(4, (12, 12), generator=generator())
+    labels = views.apply_cutmix(rows, params)
+    assert torch.equal(labels, torch.where(params.mask[:, 0], (rows + 1) % 4, rows))
+    assert torch.equal(views.apply_cutmix(rows[:, None].float(), params)[:, 0].long(), labels)
+    assert torch.equal(views.apply_cutmix(rows / 4, params), labels / 4)

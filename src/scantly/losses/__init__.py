@@ -1,5 +1,43 @@
 """Losses: pure functions of tensors."""
 
-from scantly.losses.overlap import cross_entropy, cross_entropy_dice, soft_dice
+from scantly.losses.consistency import (
+    IGNORED,
+    confident_cross_entropy,
+    entropy,
+    masked_divergence,
+    masked_quantiles,
+)
+from scantly.losses.contrastive import (
+    cosine_similarities,
+    info_nce,
+    nearest_neighbor_loss,
+    sampled_similarities,
+    similarity_divergence,
+    unit,
+)
+from scantly.losses.overlap import (
+    cross_entropy,
+    cross_entropy_dice,
+    soft_dice,
+    soft_dice_per_image,
+    weighted_cross_entropy,
+)
 
-__all__ = ["cross_entropy", "cross_entropy_dice", "soft_dice"]
+__all__ = [
+    "IGNORED",
+    "confident_cross_entropy",
+    "cosine_similarities",
+    "cross_entropy",
+    "cross_entropy_dice",
+    "entropy",
+    "info_nce",
+    "masked_divergence",
+    "masked_quantiles",
+    "nearest_neighbor_loss",
+    "sampled_similarities",
+    "similarity_divergence",
+    "soft_dice",
+    "soft_dice_per_image",
+    "unit",
+    "weighted_cross_entropy",
+]

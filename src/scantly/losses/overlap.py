@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["cross_entropy", "cross_entropy_dice", "soft_dice"]
+__all__ = ["cross_entropy", "cross_entropy_dice", "soft_dice", "soft_dice_per_image", "weighted_cross_entropy"]
 
 
 def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
@@ -51,6 +51,50 @@ def soft_dice(probs: Tensor, labels: Tensor, *, smooth: float = 1e-5, include_ba
     total = (probs * probs).sum(axes) + target.sum(axes)  # y^2 = y
     dice = 1 - (2 * intersection + smooth) / (total + smooth)
     return dice.mean() if include_background else dice[1:].mean()
+
+
+def soft_dice_per_image(
+    probs: Tensor, target: Tensor, *, epsilon: float = 1e-10, include_background: bool = True
+) -> Tensor:
+    """Soft Dice loss of every image and class on its own, plain denominators, then the mean.
+
+    ``1 - mean over images and classes of 2 sum(p y) / (sum(p) + sum(y) + epsilon)``, as the public code of
+    Chaitanya et al., Medical Image Analysis 2023, has it. Without a smoothing term in the numerator a class that an
+    image does not hold costs its full share, whatever is predicted, and gives no gradient.
+
+    Args:
+        probs: Softmax probabilities, ``(B, C, *spatial)``.
+        target: One-hot labels, or soft ones in [0, 1], ``(B, C, *spatial)``.
+        epsilon: Keeps the denominator of an absent class above 0.
+        include_background: Count class 0.
+
+    Returns:
+        Scalar in [0, 1], float32 whatever the precision of the probabilities.
+
+    Example:
+        >>> import torch
+        >>> probs = torch.tensor([[[0.9, 0.8, 0.3, 0.2], [0.1, 0.2, 0.7, 0.8]]])
+        >>> target = torch.tensor([[[1.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 1.0]]])
+        >>> round(soft_dice_per_image(probs, target).item(), 6)
+        0.200501
+    """
+    first = 0 if include_background else 1
+    probs, target = (x[:, first:].float().flatten(2) for x in (probs, target))
+    return 1 - (2 * (probs * target).sum(2) / (probs.sum(2) + target.sum(2) + epsilon)).mean()
+
+
+def weighted_cross_entropy(logits: Tensor, target: Tensor, weights: Tensor) -> Tensor:
+    """Mean over all voxels of ``-sum over classes of weight * target * log softmax(logits)``.
+
+    Args:
+        logits: ``(B, C, *spatial)``.
+        target: One-hot labels, or soft ones in [0, 1], ``(B, C, *spatial)``.
+        weights: One per class, ``(C,)``.
+
+    Returns:
+        Scalar, float32 whatever the precision of the logits.
+    """
+    return F.cross_entropy(logits.float(), target.float(), weight=weights)
 
 
 def cross_entropy_dice(logits: Tensor, labels: Tensor, *, include_background: bool = True) -> Tensor:

@@ -51,6 +51,27 @@ CATALOGUE = (
         "Tarvainen and Valpola, NeurIPS 2017",
         "match a weight-averaged teacher on noisy unlabeled images",
     ),
+    Entry(
+        "arco",
+        "scantly.methods.arco:ARCO",
+        "ARCO",
+        "You et al., NeurIPS 2023",
+        "relational pretraining, then voxel contrast on stratified (SG, SAG) draws",
+    ),
+    Entry(
+        "plgcl",
+        "scantly.methods.plgcl:PLGCL",
+        "PLGCL",
+        "Basak and Yin, CVPR 2023",
+        "contrast patches cut class by class with the help of pseudo-labels, least ambiguous first",
+    ),
+    Entry(
+        "lclpl",
+        "scantly.methods.lclpl:LCLPL",
+        "Local contrastive self-training",
+        "Chaitanya et al., Medical Image Analysis 2023",
+        "contrast voxels with class means of pseudo-labels, relabel the pool between rounds",
+    ),
 )
 
 

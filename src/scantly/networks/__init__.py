@@ -1,13 +1,15 @@
-"""Backbones: ours by name, and every network of MONAI by its class name."""
+"""Backbones by name, ours and every network of MONAI by its class name; heads on their features."""
 
 from scantly.networks.catalogue import build, check_sides, known_networks, side_factors
 from scantly.networks.encoder_decoder import Decoder, EncoderDecoder
+from scantly.networks.pyramid import PyramidHead
 from scantly.networks.unet import UNet, UNet3D
 from scantly.networks.vnet import VNet
 
 __all__ = [
     "Decoder",
     "EncoderDecoder",
+    "PyramidHead",
     "UNet",
     "UNet3D",
     "VNet",

@@ -13,6 +13,7 @@ __all__ = [
     "BATCH_NORM",
     "CONV",
     "DROP_CHANNELS",
+    "LINEAR",
     "POOL",
     "AddingUp",
     "ConcatenatingUp",
@@ -28,7 +29,8 @@ DROP_CHANNELS: dict[int, type[nn.Module]] = {2: nn.Dropout2d, 3: nn.Dropout3d}
 _TRANSPOSED: dict[int, type[nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 BATCH_NORM: dict[int, type[nn.Module]] = {0: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
 _INSTANCE_NORM: dict[int, type[nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
-_LINEAR = {2: "bilinear", 3: "trilinear"}
+#: Name of linear interpolation along all axes.
+LINEAR = {2: "bilinear", 3: "trilinear"}
 _NORMS = ("batch", "instance", "group", "none")
 _GROUPS = 16
 
@@ -88,7 +90,7 @@ def interpolation(kind: str, spatial_dims: int, *, align_corners: bool = True) -
         ConfigError: for another kind.
     """
     if kind == "linear":
-        return nn.Upsample(scale_factor=2, mode=_LINEAR[spatial_dims], align_corners=align_corners)
+        return nn.Upsample(scale_factor=2, mode=LINEAR[spatial_dims], align_corners=align_corners)
     if kind == "nearest":
         return nn.Upsample(scale_factor=2, mode="nearest")
     raise ConfigError(unknown_name("upsampling of a decoder", kind, _UPSAMPLINGS))
@@ -127,6 +129,11 @@ class AddingUp(nn.Module):
         self.upsample = upsample
         self.block = block
 
-    def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
-        merged: Tensor = self.block(self.upsample(deep) + skip)
+    def merge(self, deep: Tensor, skip: Tensor) -> Tensor:
+        """What the block works on."""
+        merged: Tensor = self.upsample(deep) + skip
         return merged
+
+    def forward(self, deep: Tensor, skip: Tensor) -> Tensor:
+        decoded: Tensor = self.block(self.merge(deep, skip))
+        return decoded

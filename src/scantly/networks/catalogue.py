@@ -15,7 +15,13 @@ from scantly.errors import ConfigError, times, unknown_name
 __all__ = ["build", "check_sides", "known_networks", "side_factors"]
 
 #: Name -> module and class; imported when asked for, since ``dynunet`` needs MONAI, which takes long to import.
-_OURS = {"unet": "unet:UNet", "unet3d": "unet:UNet3D", "vnet": "vnet:VNet", "dynunet": "dynunet:DynUNet"}
+_OURS = {
+    "unet": "unet:UNet",
+    "unet3d": "unet:UNet3D",
+    "unet6": "lclpl_unet:UNet6",
+    "vnet": "vnet:VNet",
+    "dynunet": "dynunet:DynUNet",
+}
 
 
 def _find(name: str) -> type[nn.Module]:
@@ -57,9 +63,9 @@ def build(
     """Build a network that maps images ``(B, in_channels, *spatial)`` to logits ``(B, out_channels, *spatial)``.
 
     Args:
-        name: ``unet``, ``unet3d``, ``vnet``, ``dynunet``, or the class name of a network in ``monai.networks.nets``
-            that takes ``spatial_dims``, ``in_channels`` and ``out_channels``. The name is looked up in that module
-            alone; no path is imported.
+        name: ``unet``, ``unet3d``, ``unet6``, ``vnet``, ``dynunet``, or the class name of a network in
+            ``monai.networks.nets`` that takes ``spatial_dims``, ``in_channels`` and ``out_channels``. The name is
+            looked up in that module alone; no path is imported.
         spatial_dims: 2 or 3.
         in_channels: Image channels.
         out_channels: Classes, background included.

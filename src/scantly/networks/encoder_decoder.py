@@ -92,6 +92,23 @@ class EncoderDecoder(nn.Module):
         finest: Tensor = self.decoder(features)[0]
         return finest
 
+    @property
+    def pyramid_widths(self) -> tuple[int, ...]:
+        """Channels of the maps of :meth:`pyramid`, coarsest first."""
+        return self.widths[::-1]
+
+    def pyramid(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Features of every level on the way up, coarsest first; costs no more than :meth:`decode_features`.
+
+        Args:
+            features: Those of :meth:`encode`.
+
+        Returns:
+            The deepest level's, then the decoder's. The last are those of :meth:`decode_features`, from which ``head``
+            makes logits.
+        """
+        return [features[-1], *reversed(self.decoder(features))]
+
     def decode(self, features: Sequence[Tensor]) -> Tensor:
         """Logits ``(B, classes, *spatial)`` from the features of :meth:`encode`."""
         logits: Tensor = self.head(self.decode_features(features))

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Literal, cast
 
-from torch import nn
+from torch import Tensor, nn
 
 from scantly.errors import ConfigError
 from scantly.networks.blocks import CONV, DROP_CHANNELS, AddingUp, Upsampling, conv_layers, interpolation
@@ -84,6 +84,27 @@ class VNet(EncoderDecoder):
             steps.append(AddingUp(up, block))
         block.append(DROP_CHANNELS[self.spatial_dims](self._dropout))
         return Decoder(steps)
+
+    @property
+    def pyramid_widths(self) -> tuple[int, ...]:
+        return (*self.widths[-2::-1], self.widths[0])
+
+    def pyramid(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Features of every level on the way up, coarsest first; costs no more than :meth:`decode_features`.
+
+        Args:
+            features: Those of :meth:`encode`.
+
+        Returns:
+            The sum of upsampled features and skip at every decoder level, as the public code of ARCO takes them, then
+            the features of :meth:`decode_features`, from which ``head`` makes logits; the last two have one size.
+        """
+        maps, x = [], features[-1]
+        for step, skip in zip(self.decoder, reversed(features[:-1]), strict=True):
+            step = cast(AddingUp, step)
+            maps.append(step.merge(x, skip))
+            x = step.block(maps[-1])
+        return [*maps, x]
 
     def _upsample(self, coarse: int, fine: int, kind: str) -> list[nn.Module]:
         dims, norm = self.spatial_dims, self._norm

@@ -128,6 +128,11 @@ def _build(
     name = spec.name or settings.optimizer
     if name == "sgd":
         momentum = settings.momentum if spec.momentum is None else spec.momentum
+        if spec.nesterov and not momentum:
+            raise ConfigError(
+                "training.momentum is 0, but this method's SGD has Nesterov momentum; set training.momentum=0.9 or "
+                "method.nesterov=false."
+            )
         return torch.optim.SGD(
             parameters,
             lr=lr,

@@ -5,6 +5,7 @@ function that applies them to anything of the same geometry; 2D and 3D are the s
 device is the parameters' device, and its state is all that a checkpoint must hold.
 """
 
+from scantly.views.elastic import Elastic, apply_elastic, sample_elastic
 from scantly.views.intensity import (
     Blur,
     Gamma,
@@ -20,7 +21,7 @@ from scantly.views.intensity import (
     sample_jitter,
     sample_noise,
 )
-from scantly.views.mix import CutMix, CutMixConfig, apply_cutmix, box_mask, sample_cutmix
+from scantly.views.mix import CutMix, CutMixConfig, apply_cutmix, box_mask, sample_cutmix, sample_half_area
 from scantly.views.policy import (
     StrongConfig,
     StrongParams,
@@ -47,29 +48,34 @@ from scantly.views.spatial import (
     sample_orthogonal,
     warp,
 )
+from scantly.views.thin_plate import ThinPlate, apply_thin_plate, sample_thin_plate
 
 __all__ = [
     "Affine",
     "Blur",
     "CutMix",
     "CutMixConfig",
+    "Elastic",
     "Gamma",
     "Jitter",
     "Noise",
     "Orthogonal",
     "StrongConfig",
     "StrongParams",
+    "ThinPlate",
     "WeakConfig",
     "WeakParams",
     "WeakView",
     "apply_affine",
     "apply_blur",
     "apply_cutmix",
+    "apply_elastic",
     "apply_gamma",
     "apply_jitter",
     "apply_noise",
     "apply_orthogonal",
     "apply_strong",
+    "apply_thin_plate",
     "apply_weak",
     "box_mask",
     "invert_affine",
@@ -80,11 +86,14 @@ __all__ = [
     "sample_affine",
     "sample_blur",
     "sample_cutmix",
+    "sample_elastic",
     "sample_gamma",
+    "sample_half_area",
     "sample_jitter",
     "sample_noise",
     "sample_orthogonal",
     "sample_strong",
+    "sample_thin_plate",
     "sample_weak",
     "strong",
     "warp",

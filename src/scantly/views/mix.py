@@ -1,7 +1,8 @@
 """CutMix: a box of each image is replaced by the same box of another image of the batch.
 
 Yun et al., "CutMix", ICCV 2019; boxes as UniMatch draws them (Yang et al., CVPR 2023) in 2D, and as cubes of
-the patch's proportions in 3D. Images, pseudo-labels and confidences are pasted with one set of parameters.
+the patch's proportions in 3D; or rectangles of half the area, as ARCO draws them (You et al., NeurIPS 2023).
+Images, pseudo-labels and confidences are pasted with one set of parameters.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ from torch import Tensor
 from scantly.settings import Settings
 from scantly.views.draws import chance, uniform
 
-__all__ = ["CutMix", "CutMixConfig", "apply_cutmix", "box_mask", "sample_cutmix"]
+__all__ = ["CutMix", "CutMixConfig", "apply_cutmix", "box_mask", "sample_cutmix", "sample_half_area"]
 
 
 class CutMixConfig(Settings):
-    """How boxes are drawn. ``area=(0.5, 0.5)`` gives the half-area rectangles of ARCO."""
+    """How boxes are drawn by :func:`sample_cutmix`."""
 
     probability: float = Field(0.5, ge=0, le=1, description="Probability that an image is mixed (UniMatch: 0.5)")
     area: tuple[float, float] = Field(
@@ -97,9 +98,44 @@ def sample_cutmix(
     room = lengths - edges
     corners = (uniform((batch, axes), 0, 1, generator=generator) * (room + 1)).floor().minimum(room)
     edges = edges * chance(batch, config.probability, generator=generator)[:, None]
-    if partner is None:
-        partner = (torch.arange(batch, device=device) + 1) % max(batch, 1)
-    return CutMix(box_mask(corners, edges, size), partner)
+    return CutMix(box_mask(corners, edges, size), _next_row(batch, device) if partner is None else partner)
+
+
+def sample_half_area(
+    batch: int,
+    size: Sequence[int],
+    *,
+    slices: int = 10,
+    partner: Tensor | None = None,
+    generator: torch.Generator,
+) -> CutMix:
+    """Draw one rectangle of half the in-plane area per image, as ARCO does (You et al., NeurIPS 2023, public code).
+
+    Its width w is uniform among the whole numbers above W / 2 and below W, its height ``round(H W / (2 w))``, its
+    corner uniform among those that fit. In 3D it covers ``slices`` consecutive slices, whose first is uniform in
+    ``[0, D - 2 slices]``, so the last ``slices`` are never mixed; in a patch of fewer than ``2 slices`` it is uniform
+    among those that fit. The published code works on patches with D last, 80 deep.
+
+    Args:
+        batch: Number of images B.
+        size: ``(H, W)`` or ``(D, H, W)``, sides of at least 3 in-plane.
+        slices: 3D: how many slices the box covers, at most D.
+        partner: Row of the source for each image, ``(B,)`` int64; ``None``: the next one, cyclically.
+        generator: Source of the draws; its device is the parameters' device.
+    """
+    device = generator.device
+    height, width = size[-2:]
+    narrowest = min(width // 2 + 1, width - 1)
+    width_drawn = (narrowest + uniform(batch, 0, width - narrowest, generator=generator).floor()).clamp(max=width - 1)
+    edges = [(height * width / (2 * width_drawn)).round(), width_drawn]
+    rooms = [height - edges[0], width - edges[1]]
+    if len(size) == 3:
+        depth = min(slices, size[0])
+        edges.insert(0, torch.full_like(width_drawn, depth))
+        rooms.insert(0, torch.full_like(width_drawn, size[0] - 2 * depth if size[0] >= 2 * depth else size[0] - depth))
+    edge, room = torch.stack(edges, dim=1), torch.stack(rooms, dim=1)
+    corners = (uniform((batch, len(size)), 0, 1, generator=generator) * (room + 1)).floor().minimum(room)
+    return CutMix(box_mask(corners, edge, size), _next_row(batch, device) if partner is None else partner)
 
 
 def apply_cutmix(x: Tensor, params: CutMix, *, source: Tensor | None = None) -> Tensor:
@@ -141,3 +177,7 @@ def box_mask(corners: Tensor, edges: Tensor, size: Sequence[int]) -> Tensor:
         within = (voxel >= first) & (voxel < first + edge)
         mask = mask & within.view(-1, 1, *[1] * axis, length, *[1] * (len(size) - axis - 1))
     return mask
+
+
+def _next_row(batch: int, device: torch.device) -> Tensor:
+    return (torch.arange(batch, device=device) + 1) % max(batch, 1)

@@ -1,0 +1,90 @@
+"""Losses between a network's prediction and another prediction of the same voxels."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["IGNORED", "confident_cross_entropy", "entropy", "masked_divergence", "masked_quantiles"]
+
+#: Label of voxels that count nowhere.
+IGNORED = -1
+
+
+def entropy(probs: Tensor) -> Tensor:
+    """``-sum_c p log(p + 1e-10)`` in nats, ``(B, C, *spatial)`` probabilities -> ``(B, *spatial)``."""
+    probs = probs.float()
+    return -(probs * (probs + 1e-10).log()).sum(1)
+
+
+def confident_cross_entropy(
+    logits: Tensor, pseudo_labels: Tensor, confidence: Tensor, *, threshold: float
+) -> tuple[Tensor, Tensor]:
+    """Cross-entropy with pseudo-labels, each image weighted by its share of confident voxels.
+
+    You et al., NeurIPS 2023 (ARCO), after U2PL (Wang et al., CVPR 2022): the mean over the batch's voxels whose
+    cross-entropy is above 0 of ``w_b CE``. Voxels of images without any confident voxel count in the divisor;
+    voxels that are fitted exactly and ignored ones do not.
+
+    Args:
+        logits: ``(B, C, *spatial)``.
+        pseudo_labels: ``(B, *spatial)``, integers in ``[0, C)``, or :data:`IGNORED`.
+        confidence: Probability of each pseudo-label, ``(B, *spatial)``; 0 where ignored.
+        threshold: From which a voxel is confident, in [0, 1].
+
+    Returns:
+        The loss, a scalar (0 where no voxel is confident), and the weights ``w``, ``(B,)`` in [0, 1].
+    """
+    counts = (pseudo_labels != IGNORED).flatten(1).sum(1)
+    weights = (confidence >= threshold).flatten(1).sum(1) / counts.clamp(min=1)
+    per_voxel = F.cross_entropy(logits.float(), pseudo_labels, ignore_index=IGNORED, reduction="none").flatten(1)
+    total = (weights * per_voxel.sum(1)).sum()
+    return total / (per_voxel.detach() > 0).sum().clamp(min=1), weights
+
+
+def masked_divergence(logits: Tensor, target_logits: Tensor, mask: Tensor) -> Tensor:
+    """Kullback-Leibler divergence of a prediction from a target, over the voxels of a soft mask.
+
+    Equivariance term of MONA (You et al., "Mine Your Own Anatomy", 2022): per image
+    ``sum_i m_i KL(softmax(target) || softmax(logits))_i / (sum_i m_i + 1e-7)``, then the mean over images.
+
+    Args:
+        logits: ``(B, C, *spatial)``.
+        target_logits: ``(B, C, *spatial)``; takes no gradient.
+        mask: ``(B, *spatial)``, in [0, 1].
+
+    Returns:
+        Scalar in nats, at least 0; an image with an empty mask costs 0.
+    """
+    log_probs = logits.float().log_softmax(1)
+    log_target = target_logits.detach().float().log_softmax(1)
+    divergence = (log_target.exp() * (log_target - log_probs)).sum(1)
+    mask = mask.float()
+    return ((mask * divergence).flatten(1).sum(1) / (mask.flatten(1).sum(1) + 1e-7)).mean()
+
+
+def masked_quantiles(values: Tensor, mask: Tensor, shares: tuple[float, ...]) -> Tensor:
+    """Quantiles of the values under a mask, without waiting for the device.
+
+    Args:
+        values: Any shape, finite.
+        mask: Same shape, bool; which of them count.
+        shares: Each in [0, 1].
+
+    Returns:
+        One value per share, linear between order statistics as NumPy's; infinite where the mask is empty.
+
+    Example:
+        >>> values = torch.tensor([0.1, 0.2, 0.3, 0.4, 0.5, 9.0])
+        >>> masked_quantiles(values, values < 1, (0.2, 0.8))
+        tensor([0.1800, 0.4200])
+    """
+    ordered = torch.where(mask, values, torch.inf).flatten().sort().values
+    last = (mask.sum() - 1).clamp(min=0)
+    # float64: with float32 the position is exact only below 2**24 values.
+    positions = torch.stack([last.double() * share for share in shares])
+    below = positions.floor()
+    lower, upper = ordered[below.long()], ordered[torch.minimum(below.long() + 1, last)]
+    found = torch.lerp(lower, upper, (positions - below).to(values.dtype))
+    return torch.where(mask.any(), found, torch.inf)
