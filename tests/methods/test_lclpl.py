@@ -141,7 +141,7 @@ def test_who_gets_which_gradient(dims, variant):
     contrast_head = {n for n in names if n.startswith("contrast_head")}
     # The bias of a convolution in front of batch norm has a gradient of rounding only.
     shared = {n for n in names - head - contrast_head if not n.endswith("bias")}
-    reached = gradients(method, method.losses(batch, ROUND)["contrastive"])
+    reached = gradients(method, method.losses(batch, ROUND)["contrast"])
     assert shared | {n for n in contrast_head if n.endswith("weight")} <= reached
     assert not reached & head
     reached = gradients(method, method.losses(batch, ROUND)["supervised"])
@@ -159,7 +159,7 @@ def test_pseudo_labels_do_not_reach_the_segmentation_loss():
     method.load_state_dict(make_method().state_dict())
     second = method.losses(batch, ROUND)
     assert torch.equal(first["supervised"], second["supervised"])
-    assert not torch.equal(first["contrastive"], second["contrastive"])
+    assert not torch.equal(first["contrast"], second["contrast"])
 
 
 def test_both_groups_pass_the_network_in_one_batch(monkeypatch):
@@ -197,7 +197,7 @@ def test_the_loss_is_the_definition_on_the_voxels_drawn(monkeypatch):
     monkeypatch.setattr("scantly.methods.lclpl.sample", remember)
     method.contrast_head.register_forward_hook(lambda _, __, z: kept.update(z=z.detach()))
     batch = make_batch(method)
-    term = method.losses(batch, ROUND)["contrastive"].item()
+    term = method.losses(batch, ROUND)["contrast"].item()
     images = torch.cat([batch.extra_labels, batch.pseudo_labels_raw])
     first, second = kept["z"].chunk(2)
     indices = kept["indices"].view(2, 10, 2, 2)
@@ -327,9 +327,9 @@ def test_the_log_shows_whether_it_works():
     method = make_method()
     method.losses(make_batch(method), ROUND)
     logged = {name: float(value) for name, value in method.pop_logged().items()}
-    assert logged["anchors_left"] == logged["anchors_right"] == 60  # 3 voxels of 20 images
+    assert logged["anchors/left"] == logged["anchors/right"] == 60  # 3 voxels of 20 images
     assert logged["pairs_used"] == 10
-    assert logged["contrastive_empty"] == 0
+    assert logged["contrast_empty"] == 0
     assert -1 <= logged["negative_similarity"] <= 1
     assert -1 <= logged["positive_similarity"] <= 1
     assert 0 <= logged["pseudo_agreement"] <= 1
@@ -355,20 +355,20 @@ def test_images_without_foreground_give_zero_and_are_counted(variant):
     batch.extra_labels, batch.pseudo_labels_raw = 0 * batch.extra_labels, 0 * batch.pseudo_labels_raw
     for count in (1, 2):
         terms = method.losses(batch, ROUND)
-        assert terms["contrastive"].item() == 0
-        assert float(method.pop_logged()["contrastive_empty"]) == count
+        assert terms["contrast"].item() == 0
+        assert float(method.pop_logged()["contrast_empty"]) == count
         sum(terms.values()).backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in method.parameters())
-    assert method.state_dict()["contrastive_empty"] == 2
+    assert method.state_dict()["contrast_empty"] == 2
 
 
 def test_one_foreground_class_is_contrasted_with_the_background():
     method = make_method(classes=("background", "organ"))
     assert method.classes == range(2)
     terms = method.losses(make_batch(method), ROUND)
-    assert terms["contrastive"].item() > 0.1 * 1.38
+    assert terms["contrast"].item() > 0.1 * 1.38
     alone = make_method(classes=("background", "organ"), include_background=False)
-    assert alone.losses(make_batch(alone), ROUND)["contrastive"].item() == 0
+    assert alone.losses(make_batch(alone), ROUND)["contrast"].item() == 0
     assert make_method().classes == range(1, 3)
     assert make_method(include_background=True).classes == range(3)
 
@@ -401,7 +401,7 @@ def test_mixed_precision_stays_finite_and_near(dims):
 
 def test_released_normalization_is_smaller():
     correct, released = (
-        make_method(normalization=kind).losses(make_batch(make_method()), ROUND)["contrastive"].item()
+        make_method(normalization=kind).losses(make_batch(make_method()), ROUND)["contrast"].item()
         for kind in ("correct", "released")
     )
     assert 0 < released < 0.2 * correct
@@ -413,7 +413,7 @@ def test_released_normalization_is_smaller():
 def test_settings_of_the_pairs_and_draws_train(settings):
     method = make_method(**settings)
     terms = method.losses(make_batch(method), ROUND)
-    assert 2 * 0.693 * 0.1 < terms["contrastive"].item() < 0.5
+    assert 2 * 0.693 * 0.1 < terms["contrast"].item() < 0.5
     assert any(name.startswith("contrast_head") for name in gradients(method, sum(terms.values())))
 
 
@@ -430,7 +430,7 @@ def test_joint_training_pulls_classes_together(variant, least):
         optimizer.step()
         logged = method.pop_logged()
         gaps.append(float(logged["positive_similarity"] - logged["negative_similarity"]))
-        losses.append((terms["supervised"].item(), terms["contrastive"].item() / 0.1))
+        losses.append((terms["supervised"].item(), terms["contrast"].item() / 0.1))
     assert losses[-1][0] < 0.3 * losses[0][0]
     assert least <= losses[-1][1] < least + 0.3 < losses[0][1]
     assert gaps[-1] > gaps[0] + 0.2

@@ -174,13 +174,13 @@ def test_every_patch_is_an_anchor_in_the_warm_up_and_few_per_class_in_the_joint_
     method = make(patch_size=4, patch_budget=6)
     batch = make_batch()
     method.losses(batch, at("warmup"))
-    all_of_them = method.pop_logged()["patches_background"]
+    all_of_them = method.pop_logged()["patches/background"]
     method.teacher = Fixed([0.8, 0.1, 0.1])
     method.teacher.encode = make().teacher.encode
     method.teacher.widths = (4, 8)
     method.losses(batch, at("joint"))
     assert all_of_them > 2
-    assert method.pop_logged()["patches_background"] == 2
+    assert method.pop_logged()["patches/background"] == 2
 
 
 # guidance
@@ -357,7 +357,7 @@ def test_the_queues_take_the_teachers_views_of_every_class_before_the_loss():
     assert [method.contrast.queues[k].filled.item() for k in range(3)] == [4, 4, 4]  # ceil(10 / 3)
     logged = method.pop_logged()
     assert logged["bank_fill"].item() == pytest.approx(4 / 256)
-    assert logged["similarity_positive"].abs() <= 1
+    assert logged["positive_similarity"].abs() <= 1
     torch.testing.assert_close(method.contrast.queues[1].values[:4].norm(dim=1), torch.ones(4))
 
 
@@ -423,7 +423,7 @@ def test_an_absent_class_is_skipped_whatever_its_queue_holds():
     before = method.contrast.queues[2].values.clone()
     terms = method.losses(make_batch(labels=(1, 1), seed=1), at("warmup"))
     logged = method.pop_logged()
-    assert logged["patches_b"] == 0
+    assert logged["patches/b"] == 0
     assert torch.equal(method.contrast.queues[2].values, before)
     assert terms["contrast"].isfinite()
     assert method.contrast.contrast_empty == 0
@@ -465,7 +465,7 @@ def test_embeddings_of_the_classes_part_in_the_warm_up():
     method = make(patch_size=8)
     train(method, make_batch(), method.stages()[0], 30)
     logged = method.pop_logged()
-    assert logged["similarity_positive"] > logged["similarity_negative"] + 0.2
+    assert logged["positive_similarity"] > logged["negative_similarity"] + 0.2
 
 
 @pytest.mark.parametrize("network", ["unet3d", "vnet"])

@@ -140,7 +140,7 @@ class LCLPL(Method):
             "published", description="Adam with a constant rate of 1e-3 and no decay, or the recipe's optimizer."
         )
 
-    contrastive_empty: Tensor
+    contrast_empty: Tensor
     members: Tensor
 
     def __init__(self, task: Task, config: Config) -> None:
@@ -157,7 +157,7 @@ class LCLPL(Method):
         pairs = config.pairs or (10 if task.spatial_dims == 2 else 4)
         self.pairs = pair_table(pairs, config.variant, labeled_pairs=config.labeled_pairs)
         self.register_buffer("members", torch.tensor(self.pairs.first + self.pairs.second), persistent=False)
-        self.register_buffer("contrastive_empty", torch.tensor(0))
+        self.register_buffer("contrast_empty", torch.tensor(0))
 
     def stages(self) -> list[Stage]:
         """The baseline, then the rounds, all of the same length; without the contrastive loss no pool is needed."""
@@ -197,7 +197,7 @@ class LCLPL(Method):
         return {"main": OptimizerSpec(parameters, name="adam", lr=1e-3, weight_decay=0.0, schedule="constant")}
 
     def losses(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
-        """``supervised`` on labeled images; in the rounds ``contrastive`` on pairs of both kinds, weighted."""
+        """``supervised`` on labeled images; in the rounds ``contrast`` on pairs of both kinds, weighted."""
         images, target = self._segmentation_view(batch)
         if progress.stage == "baseline" or not self._contrasts:
             return {"supervised": self._segmentation_loss(self.network(images), target)}
@@ -209,7 +209,7 @@ class LCLPL(Method):
         self._watch(contrast, of_views, labels)
         return {
             "supervised": self._segmentation_loss(logits, target),
-            "contrastive": self.config.contrast_weight * contrast.loss,
+            "contrast": self.config.contrast_weight * contrast.loss,
         }
 
     def pseudo_labels(self, probs: Tensor) -> Tensor:
@@ -285,13 +285,13 @@ class LCLPL(Method):
     @torch.no_grad()
     def _watch(self, contrast: LocalContrast, logits: Tensor, labels: Tensor) -> None:
         """Log what shows whether the method works; the agreement with pseudo-labels is a foreground Dice."""
-        self.contrastive_empty += ~contrast.used.any()
-        self.log("contrastive_empty", self.contrastive_empty.clone())
+        self.contrast_empty += ~contrast.used.any()
+        self.log("contrast_empty", self.contrast_empty.clone())
         self.log("pairs_used", contrast.used.sum())
         self.log("positive_similarity", contrast.positive)
         self.log("negative_similarity", contrast.negative)
         for index, value in zip(self.classes, contrast.anchors.unbind(), strict=True):
-            self.log(f"anchors_{self.task.classes[index]}", value)
+            self.log(f"anchors/{self.task.classes[index]}", value)
         unlabeled = self.members >= self.pairs.labeled
         predicted = logits.argmax(1)
         hit = ((predicted == labels) & (labels > 0)).flatten(1).sum(1)

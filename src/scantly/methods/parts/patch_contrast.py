@@ -162,7 +162,7 @@ class PatchContrast(nn.Module):
                 views = augment(patches[resample(boxes.counts, number, generator=generator)], generator=generator)
                 self.queues.push(boxes.present, embed(teacher, self.teacher_head, views))
         for name, count in zip(self.classes, boxes.counts, strict=True):
-            self.log(f"patches_{name}", torch.tensor(count))
+            self.log(f"patches/{name}", torch.tensor(count))
         self.contrast_empty += 1 if classes < 2 else 0
         self.log("contrast_empty", self.contrast_empty)
         self.log("bank_fill", self.queues.fill)
@@ -240,8 +240,8 @@ class PatchContrast(nn.Module):
     def _log_similarity(self, anchors: Tensor, groups: Tensor, means: Tensor) -> None:
         similarity = anchors @ means.T
         own = similarity.gather(1, groups[:, None])
-        self.log("similarity_positive", own.mean())
-        self.log("similarity_negative", (similarity.sum() - own.sum()) / (similarity.numel() - own.numel()))
+        self.log("positive_similarity", own.mean())
+        self.log("negative_similarity", (similarity.sum() - own.sum()) / (similarity.numel() - own.numel()))
 
 
 def embed(network: EncoderDecoder, head: nn.Module, patches: Tensor) -> Tensor:
