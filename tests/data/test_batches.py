@@ -234,35 +234,40 @@ def test_every_class_is_met_equally_often_around_foreground(tmp_path: Path) -> N
     assert 0.4 < share < 0.6
 
 
-def test_slices_with_enough_classes_are_drawn_in_2d(tmp_path: Path) -> None:
-    label = np.zeros((6, 24, 24), dtype=np.uint8)
+def test_slices_with_enough_classes_are_drawn_in_2d(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    label = np.zeros((8, 24, 24), dtype=np.uint8)
     label[1, 3, 3], label[1, 20, 20] = 1, 2  # complete, but too wide for one patch of 16
-    label[2, 3, 3], label[2, 5, 5] = 1, 2
+    for depth in (2, 4, 6, 7):
+        label[depth, 3, depth], label[depth, 5, 5] = 1, 2
     label[3] = 1
-    label[4, 21, 21], label[4, 22, 9] = 2, 1
     label[5, 7, 7] = 1
     other = np.zeros_like(label)
-    cases = {"a": (np.zeros((1, *label.shape)), label), "b": (np.zeros((1, *label.shape)), other)}
+    other[2, 5, 5] = 2
+    cases = {name: (np.zeros((1, *x.shape)), x) for name, x in (("a", label), ("b", other), ("c", 0 * label))}
     dataset = write_dataset(tmp_path / "d", cases)
     whole = plan_of(2, patch_size=(24, 24))
-    one = build_store(dataset, ["a", "b"], whole, root=tmp_path, with_labels=["a", "b"])
+    one = build_store(dataset, list(cases), whole, root=tmp_path, with_labels=["a", "b", "c"])
+    caplog.clear()
 
-    def source_with(rows: int, classes: int, plan: Plan = whole, names: tuple[str, ...] = ("a", "b")) -> BatchSource:
-        counts = {"labeled_batch_size": rows, "unlabeled_batch_size": 0, "labeled_classes": classes}
-        return BatchSource(one, names, [], plan, seed=1, **counts)
+    def source_with(classes: int, plan: Plan = whole, names: tuple[str, ...] = ("a", "b", "c")) -> BatchSource:
+        rows = {"labeled_batch_size": 20, "unlabeled_batch_size": 0, "labeled_classes": classes}
+        return BatchSource(one, names, [], plan, seed=1, **rows)
 
-    source = source_with(3, 3)
-    assert len(source.items[0]) == 3
-    assert all(set(np.unique(row)) == {0, 1, 2} for i in range(4) for row in source[i].labels)
-    source = source_with(3, 3, plan_of(2, patch_size=(16, 16)))
-    counts = Counter(len(np.unique(row)) for i in range(8) for row in source[i].labels)
-    assert counts == {3: 16, 2: 8}
-    # with more rows than complete slices, one class less is enough; slice 3 holds class 1 alone
-    source = source_with(4, 3)
-    assert source.classes[0] == 2
-    assert [source.items[0].at(item) for item in range(4)] == [("a", 1), ("a", 2), ("a", 4), ("a", 5)]
-    # where no slice has any foreground, all are drawn
-    assert len(source_with(3, 3, names=("b",)).items[0]) == 6
+    with caplog.at_level("INFO", "scantly"):
+        source = source_with(3)  # five slices are enough, for any number of rows
+        assert [source.items[0].at(item) for item in range(5)] == [("a", z) for z in (1, 2, 4, 6, 7)]
+        assert len(source.items[0]) == 5
+        assert all(set(np.unique(row)) == {0, 1, 2} for i in range(4) for row in source[i].labels)
+        source = source_with(3, plan_of(2, patch_size=(16, 16)))
+        counts = Counter(len(np.unique(row)) for i in range(8) for row in source[i].labels)
+        assert counts == {3: 128, 2: 32}
+        assert not caplog.text
+        # only one slice of b and c has any foreground: one class less is asked for, until all are drawn
+        assert len(source_with(3, names=("b", "c")).items[0]) == 16
+        assert "fewer than 5 labeled slices hold 3 classes: those with 1 are drawn, which is all" in caplog.text
+        # with two classes asked for, slice 3 of a, all of class 1, does not count
+        source = source_with(2)
+        assert [source.items[0].at(item) for item in range(7)] == [*[("a", z) for z in (1, 2, 4, 5, 6, 7)], ("b", 2)]
 
 
 def test_patches_with_enough_classes_are_drawn_in_3d(tmp_path: Path) -> None:
@@ -270,16 +275,17 @@ def test_patches_with_enough_classes_are_drawn_in_3d(tmp_path: Path) -> None:
     label[10:12, 20:22, 20:22], label[12, 24, 24] = 1, 2
     label[0, :, :] = 1
     half = np.ones_like(label)
-    cases = {"a": (np.zeros((1, *label.shape)), label), "b": (np.zeros((1, *label.shape)), half)}
+    cases = {name: (np.zeros((1, *label.shape)), x) for name, x in (("a", label), ("b", half))}
     dataset = write_dataset(tmp_path / "d", cases)
     plan = plan_of(3, patch_size=(8, 16, 16))
     one = build_store(dataset, ["a", "b"], plan, root=tmp_path, with_labels=["a", "b"])
     rows = {"labeled_batch_size": 2, "unlabeled_batch_size": 0, "seed": 1}
-    source = BatchSource(one, ["a", "b"], [], plan, labeled_classes=3, **rows)
+    source = BatchSource(one, ["a"], [], plan, labeled_classes=3, **rows)  # one case of one is enough: patches differ
     for iteration in range(20):
-        batch = source[iteration]
-        assert batch.labeled_cases == ("a", "a")  # one case is enough: patches differ
-        assert all(set(np.unique(row)) == {0, 1, 2} for row in batch.labels)
+        assert all(set(np.unique(row)) == {0, 1, 2} for row in source[iteration].labels)
+    both = BatchSource(one, ["a", "b"], [], plan, labeled_classes=3, **rows)  # one of two is not
+    assert both.classes[0] == 1
+    assert {name for i in range(5) for name in both[i].labeled_cases} == {"a", "b"}
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -308,12 +314,12 @@ def test_unlabeled_rows_with_classes_follow_their_pseudo_labels(store: Store, tm
     for name in names:
         label = np.zeros(store.shape(name), dtype=np.uint8)
         if name == names[0]:
-            label[1, 4:8, 4:8], label[1, 9, 9] = 1, 2
-            label[3, 2:4, 2:4] = 2
+            label[:, 4:8, 4:8], label[:, 9, 9] = 1, 2
         pseudo.write(name, label)
     with pytest.raises(ConfigError, match="pseudo-labels"):
         source_of(store, dims, unlabeled_classes=3)
-    rows = {"rows": (1, 1), "pseudo_labels": pseudo, "unlabeled_classes": 3}
+    assert source_of(store, dims, rows=(1, 0), unlabeled_classes=3)[0].unlabeled.shape[0] == 0  # none are asked for
+    rows = {"rows": (1, 1), "pseudo_labels": pseudo, "unlabeled_classes": 3, "unlabeled": names[:1]}
     source = source_of(store, dims, patch_size=(3, 12, 12)[3 - dims :], **rows)
     for iteration in range(8):
         batch = source[iteration]

@@ -9,7 +9,7 @@ import torch
 from scantly.inference.settings import InferenceSettings
 from scantly.inference.windows import predict_array
 from scantly.methods import catalogue
-from scantly.methods.base import Batch, Progress, Stage, Task
+from scantly.methods.base import Batch, Progress, Task
 from scantly.networks import build
 from scantly.settings import merge
 from scantly.training.config import TrainingSection
@@ -38,22 +38,32 @@ def test_a_step_never_waits_for_the_device(name, network, bf16):
     method_class = catalogue.load(name)
     method = method_class(task, method_class.Config()).cuda().train()
     method.generator = torch.Generator("cuda").manual_seed(0)
-    handles = TrainingHandles(method, Stage(), TrainingSection(), 10)
-    x = torch.rand(2, 1, *(32,) * dims, device="cuda")
-    y = torch.randint(3, (2, *(32,) * dims), device="cuda")
-    for iteration in range(3):
-        torch.cuda.synchronize()
-        torch.cuda.set_sync_debug_mode("error" if iteration else "default")
-        try:
-            seen = weak(WeakConfig(), x, [y], generator=method.generator)
-            unseen = strong(StrongConfig(), x, generator=method.generator)
-            batch = Batch(seen.images, seen.maps[0], unseen, x, y, x)
-            with torch.autocast("cuda", dtype=torch.bfloat16, enabled=bf16, cache_enabled=False):
-                terms = method.step(batch, Progress(iteration, 10), handles)
-            method.after_step(Progress(iteration, 10))
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-        assert all(torch.isfinite(value) for value in terms.values())
+    shape = (32,) * dims
+
+    def rows(count):
+        count = 2 if count is None else count
+        return torch.rand(count, 1, *shape, device="cuda"), torch.randint(3, (count, *shape), device="cuda")
+
+    for stage in method.stages():
+        method.enter_stage(stage, first=True)
+        handles = TrainingHandles(method, stage, TrainingSection(), 10)
+        (x, y), (u, pseudo), extra = (rows(stream.count) for stream in (stage.labeled, stage.unlabeled, stage.extra))
+        for iteration in range(3):
+            progress = Progress(iteration, 10, stage.name)
+            torch.cuda.synchronize()
+            torch.cuda.set_sync_debug_mode("error" if iteration else "default")
+            try:
+                seen = weak(WeakConfig(), x, [y], generator=method.generator)
+                unseen = strong(StrongConfig(), u, generator=method.generator) if len(u) else u
+                batch = Batch(seen.images, seen.maps[0], unseen, x, y, u)
+                batch.pseudo_labels = batch.pseudo_labels_raw = pseudo
+                batch.extra, batch.extra_labels = extra
+                with torch.autocast("cuda", dtype=torch.bfloat16, enabled=bf16, cache_enabled=False):
+                    terms = method.step(batch, progress, handles)
+                method.after_step(progress)
+            finally:
+                torch.cuda.set_sync_debug_mode("default")
+            assert all(torch.isfinite(value) for value in terms.values()), stage.name
 
 
 @pytest.mark.parametrize("precision", ["32", "bf16"])

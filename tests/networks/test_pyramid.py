@@ -211,3 +211,18 @@ def test_gradient_reaches_every_weight_through_the_pyramid(small):
             # A bias before a normalization has no effect, and a few ReLUs of so small a network are off.
             assert parameter.grad.abs().sum() > 0 or "bias" in name, name
     assert all(p.grad is None for p in small.head.parameters())
+
+
+def test_gradients_of_voxels_drawn_often_keep_their_precision_in_bf16():
+    torch.manual_seed(0)
+    head = PyramidHead(2, (8, 4), 16)
+    maps = [torch.randn(2, 8, 8, 8), torch.randn(2, 4, 16, 16)]
+    index = torch.randint(20, (1024,))
+    upstream = torch.randn(1024, 16)
+    gradients = []
+    for dtype in (torch.float32, torch.bfloat16):
+        leaves = [m.bfloat16().to(dtype).requires_grad_() for m in maps]
+        (head.at(leaves, index) * upstream).sum().backward()
+        gradients.append([leaf.grad.float() for leaf in leaves])
+    for exact, rounded in zip(*gradients, strict=True):
+        assert (exact - rounded).norm() < 0.01 * exact.norm()

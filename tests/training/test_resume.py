@@ -181,6 +181,23 @@ class TwoStages(Method):
         return self.network
 
 
+def stop_and_resume(config: Any, out: Path, stop: int, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Train, stopped before an iteration without any farewell, then to the end."""
+    original = engine.Engine._step
+
+    def stepping(self: Any, *args: Any) -> Any:
+        if self.iteration == stop:
+            raise InterruptedError
+        return original(self, *args)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(engine.Engine, "_step", stepping)
+        with pytest.raises(InterruptedError):
+            train_config(config, out, quiet=True)
+    train_config(config, out, resume=True, quiet=True)
+    return out
+
+
 def test_stages_share_the_budget_and_resume_at_their_borders(cohort, tiny, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     monkeypatch.setattr("scantly.methods.catalogue.load", lambda name: TwoStages)
@@ -192,20 +209,8 @@ def test_stages_share_the_budget_and_resume_at_their_borders(cohort, tiny, tmp_p
         [5, 6],
         [7, 12],
     ]
-    original = engine.Engine._step
     for stop in (3, 4, 6, 9):  # inside a stage and exactly at each border
-        out = tmp_path / f"stopped-{stop}"
-
-        def stepping(self: Any, *args: Any, stop: int = stop) -> Any:
-            if self.iteration == stop:
-                raise InterruptedError
-            return original(self, *args)
-
-        monkeypatch.setattr(engine.Engine, "_step", stepping)
-        with pytest.raises(InterruptedError):
-            train_config(config, out, quiet=True)
-        monkeypatch.setattr(engine.Engine, "_step", original)
-        train_config(config, out, resume=True, quiet=True)
+        out = stop_and_resume(config, tmp_path / f"stopped-{stop}", stop, monkeypatch)
         assert (out / "model.safetensors").read_bytes() == whole.model_path.read_bytes(), stop
     state = load_checkpoint(whole.last_checkpoint)
     assert state["method"]["relabeled"] == 6
@@ -279,20 +284,8 @@ def test_stages_begin_with_the_best_validation_wherever_the_run_was_killed(cohor
     final = load_checkpoint(whole.best_checkpoint)["predictor"]["head.bias"]
     assert torch.equal(final, best[2][1])  # of the rounds alone, which share their optimizers
 
-    original = engine.Engine._step
     for stop in range(1, 12):
-        out = tmp_path / f"stopped-{stop}"
-
-        def stepping(self: Any, *args: Any, stop: int = stop) -> Any:
-            if self.iteration == stop:
-                raise InterruptedError
-            return original(self, *args)
-
-        monkeypatch.setattr(engine.Engine, "_step", stepping)
-        with pytest.raises(InterruptedError):
-            train_config(config, out, quiet=True)
-        monkeypatch.setattr(engine.Engine, "_step", original)
-        train_config(config, out, resume=True, quiet=True)
+        out = stop_and_resume(config, tmp_path / f"stopped-{stop}", stop, monkeypatch)
         assert (out / "model.safetensors").read_bytes() == whole.model_path.read_bytes(), stop
 
 

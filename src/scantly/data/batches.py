@@ -17,6 +17,7 @@ from one shuffle and take disjoint shares of each group.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -38,7 +39,11 @@ from scantly.errors import ConfigError, DatasetError
 __all__ = ["BatchSource", "RawBatch"]
 
 _LABELED, _UNLABELED, _EXTRA = 0, 1, 2
+_NAMES = ("labeled", "unlabeled", "labeled")
 _SHUFFLE, _POSITION = 0, 1
+#: Items that are enough to draw from.
+_ENOUGH = 5
+_LOGGER = logging.getLogger("scantly")
 
 
 @dataclass
@@ -95,7 +100,8 @@ class BatchSource(Dataset[RawBatch]):
     """Batches by iteration: ``source[iteration]``.
 
     Streams with ``classes`` draw only items with at least so many classes, background counted, and patches that hold
-    them. Where fewer slices than rows (in 3D: no case) have so many, one class less is asked for, and so on.
+    them. Where fewer than five items (fewer than all, if there are not five) have so many, one class less is asked
+    for, and so on, with a message.
 
     Args:
         store: The prepared cases.
@@ -142,7 +148,7 @@ class BatchSource(Dataset[RawBatch]):
                 f"seed {seed}, rank {rank} of {world_size}: give at least 1 labeled row, no negative "
                 "number, and a rank below the number of processes."
             )
-        if unlabeled_classes and pseudo_labels is None:
+        if unlabeled_batch_size and unlabeled_classes and pseudo_labels is None:
             raise ConfigError(
                 f"unlabeled rows with {unlabeled_classes} classes need pseudo-labels; let a stage relabel first."
             )
@@ -221,14 +227,24 @@ class BatchSource(Dataset[RawBatch]):
         items = self._all_items(names)
         if not classes or not len(items) or not self.rows[stream]:
             return items, 0
-        enough = self.rows[stream] if self.plan.spatial_dims == 2 else 1
         if self.plan.spatial_dims == 2:
             counts = np.concatenate([self._presence(stream, name).counts for name in names])
         else:
             counts = np.array([self._presence(stream, name).count for name in names])
-        while classes > 1 and (counts >= classes).sum() < enough:
-            classes -= 1
-        return items.only(counts >= classes), classes
+        least = classes
+        while least > 1 and (counts >= least).sum() < min(_ENOUGH, len(items)):
+            least -= 1
+        if least < classes:
+            _LOGGER.info(
+                "fewer than %d %s %s hold %d classes: those with %d are drawn%s",
+                min(_ENOUGH, len(items)),
+                _NAMES[stream],
+                "slices" if self.plan.spatial_dims == 2 else "cases",
+                classes,
+                least,
+                ", which is all" if least == 1 else "",
+            )
+        return items.only(counts >= least), least
 
     def _all_items(self, names: Sequence[str]) -> _Items:
         if self.plan.spatial_dims == 3:

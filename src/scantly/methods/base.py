@@ -167,8 +167,9 @@ class Rows:
     Attributes:
         count: Rows; ``None``: as the plan says.
         classes: Only slices (in 2D), or cases and then patches (in 3D), with at least so many classes are drawn,
-            background counted; 0: any. Where fewer than ``count`` of them have so many, one class less is asked for,
-            and so on. Of unlabeled cases the pseudo-labels count, so a stage must have relabeled the pool.
+            background counted; 0: any. Where fewer than five (or all, if there are not five) have so many, one class
+            less is asked for, and so on. Of unlabeled cases the pseudo-labels count, so a stage must have relabeled
+            the pool.
     """
 
     count: int | None = None

@@ -90,7 +90,11 @@ class PyramidHead(nn.Module):
                     near = first[coordinate, None] + torch.arange(weights.shape[1], device=index.device)
                     place = (place[:, :, None] * sizes[0] + near[:, None]).flatten(1)
                     share = (share[:, :, None] * weights[coordinate][:, None]).flatten(1)
-                read = features.flatten(2)[image[:, None], :, place].to(weight.dtype)
+                # In the weights' precision before reading: gradients of voxels drawn often add up in it; and by
+                # index_select, whose sum is the same for any number of threads.
+                rows = features.to(weight.dtype).flatten(2).transpose(1, 2)
+                where = (image[:, None] * rows.shape[1] + place).flatten()
+                read = rows.reshape(-1, rows.shape[2]).index_select(0, where).view(*place.shape, rows.shape[2])
                 parts.append((share[:, :, None] * read).sum(1) @ weight.T)
         return reduce(torch.add, parts)
 

@@ -402,7 +402,9 @@ class Engine:
         path = self.run.last_checkpoint
         for leftover in path.parent.glob(".tmp-*"):
             leftover.unlink(missing_ok=True)
-        if not path.is_file():
+        if not path.is_file():  # it begins anew, also where somebody removed the checkpoint
+            for later in (self.run.best_checkpoint, *path.parent.glob("stage-*.ckpt")):
+                later.unlink(missing_ok=True)
             return None
         state = load_checkpoint(path, self.fabric.device)
         self.iteration = int(state["iteration"])

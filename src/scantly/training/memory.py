@@ -47,7 +47,7 @@ def check_memory(config: RunConfig, device: torch.device, stages: Sequence[Stage
         f"a step over {rows} rows of {times(config.plan.patch_size)} by network {config.network.name} "
         f"needs about {need / 1e9:.0f} GB, but {device.type} has {memory / 1e9:.0f} GB in all; choose for instance "
         f"--size {' '.join(str(side) for side in [*sides[-2:], *sides[:-2]])}, or fewer rows "
-        "(plan.labeled_batch_size)."
+        "(plan.labeled_batch_size, or the method's own settings)."
     )
 
 
