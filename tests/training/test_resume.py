@@ -17,6 +17,7 @@ from lightning.fabric import Fabric
 
 from scantly import imaging
 from scantly.data.dataset import Dataset
+from scantly.data.pseudo_labels import PseudoLabels
 from scantly.errors import DatasetError, DeviceError, RunError
 from scantly.methods.base import Method, MethodConfig, Rows, Stage
 from scantly.settings import merge
@@ -287,6 +288,49 @@ def test_stages_begin_with_the_best_validation_wherever_the_run_was_killed(cohor
     for stop in range(1, 12):
         out = stop_and_resume(config, tmp_path / f"stopped-{stop}", stop, monkeypatch)
         assert (out / "model.safetensors").read_bytes() == whole.model_path.read_bytes(), stop
+
+
+@pytest.mark.parametrize("number", [1, 3, 5])
+def test_a_run_stopped_while_it_relabels_begins_the_stage_again(cohort, tiny, tmp_path, monkeypatch, number):
+    torch.set_num_threads(1)
+    monkeypatch.setattr("scantly.methods.catalogue.load", lambda name: Rounds)
+    rare = {"training": {"checkpoint_every": 100, "validate_every": 2}, "evaluation": {"selection": "best"}}
+    config = configuration(cohort, merge(tiny, rare), "supervised", 0, tmp_path / "s")
+    whole = train_config(config, tmp_path / "whole", quiet=True)
+    assert len(config.split["unlabeled"]) == 3  # so the rounds relabel with writes 1 to 3 and 4 to 6
+    write, written = PseudoLabels.write, []
+
+    def writing(self: Any, case: str, array: Any) -> None:
+        written.append(case)
+        if len(written) == number:
+            raise InterruptedError
+        write(self, case, array)
+
+    out = tmp_path / "stopped"
+    with monkeypatch.context() as patched:
+        patched.setattr(PseudoLabels, "write", writing)
+        with pytest.raises(InterruptedError):
+            train_config(config, out, quiet=True)
+    train_config(config, out, resume=True, quiet=True)
+    assert (out / "model.safetensors").read_bytes() == whole.model_path.read_bytes()
+
+
+def test_without_its_last_checkpoint_a_run_begins_anew(cohort, tiny, tmp_path, monkeypatch):
+    """Left-over files of the life before must not decide what a stage begins with."""
+    torch.set_num_threads(1)
+    monkeypatch.setattr("scantly.methods.catalogue.load", lambda name: Rounds)
+    sets = merge(tiny, {"evaluation": {"selection": "best"}})
+    config = configuration(cohort, sets, "supervised", 0, tmp_path / "s")
+    run = train_config(config, tmp_path / "run", quiet=True)
+    model = run.model_path.read_bytes()
+    run.model_path.unlink()
+    run.last_checkpoint.unlink()
+    for path in run.last_checkpoint.parent.glob("stage-*.ckpt"):
+        state = load_checkpoint(path)
+        state["method"]["network.head.bias"] += 1
+        checkpoint.save_checkpoint(path, state)
+    train_config(config, run.folder, resume=True, quiet=True)
+    assert run.model_path.read_bytes() == model
 
 
 def test_a_run_judged_by_its_last_iteration_never_goes_back(cohort, tiny, tmp_path, monkeypatch):
