@@ -116,7 +116,7 @@ def main() -> None:
     parser.add_argument("dataset", type=Path)
     parser.add_argument("--runs", type=Path, required=True, help="folder of the run folders")
     parser.add_argument("--out", type=Path, help="JSON file of the table")
-    parser.add_argument("--recipe", required=True)
+    parser.add_argument("--recipe", help="default: as the plan of the dataset says")
     parser.add_argument(
         "--methods", nargs="+", default=["supervised", "mean_teacher"], help="names, with settings after a colon"
     )

@@ -121,7 +121,31 @@ def test_normalization_by_hand(scheme: dict[str, Any], expected: list[float]) ->
     np.testing.assert_allclose(found.ravel(), expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize("scheme", ["zscore", "minmax"])
+def test_percentiles_1_and_99_become_0_and_1_and_nothing_is_clipped() -> None:
+    values = np.random.default_rng(0).permutation(np.arange(101, dtype=np.float32)).reshape(1, 1, 101)
+    found = normalize(values, ChannelNormalization(scheme="percentile"))
+    assert found.dtype == np.float32
+    by_value = found.ravel()[np.argsort(values.ravel())]
+    np.testing.assert_allclose(by_value[[0, 50, 100]], [-0.010204, 0.5, 1.010204], atol=1e-6)
+    np.testing.assert_allclose(by_value, (np.arange(101) - 1) / 98, atol=1e-6)
+
+
+def test_percentiles_are_of_the_whole_volume_and_interpolated_linearly() -> None:
+    values = np.arange(12, dtype=np.float32).reshape(3, 2, 2) ** 2
+    found = normalize(values, ChannelNormalization(scheme="percentile"))
+    # ranks 0.11 and 10.89 of 0, 1, ..., 100, 121
+    low, high = 0.11, 100 + 0.89 * 21
+    np.testing.assert_allclose(found, (values - low) / (high - low), rtol=1e-5)
+
+
+def test_equal_percentiles_of_an_image_that_varies_are_refused() -> None:
+    values = np.zeros((1, 20, 20), dtype=np.float32)
+    values[0, 0, 0] = 7
+    with pytest.raises(ImageError, match=r"percentiles 1 and 99 of the image are both 0, .* choose another scheme"):
+        normalize(values, ChannelNormalization(scheme="percentile"))
+
+
+@pytest.mark.parametrize("scheme", ["zscore", "minmax", "percentile"])
 def test_constant_image_becomes_zeros(scheme: str) -> None:
     constant = np.full((2, 3, 3), 0.1, dtype=np.float32)
     assert not normalize(constant, ChannelNormalization(scheme=scheme)).any()

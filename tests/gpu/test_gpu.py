@@ -29,14 +29,25 @@ NETWORKS = {
 }
 
 
+#: Every method as it is, and branches that its defaults leave out.
+VARIANTS = [pytest.param(entry.name, {}, id=entry.name) for entry in catalogue.CATALOGUE]
+VARIANTS.append(
+    pytest.param(
+        "arco",
+        {"negatives": "rank", "equivariance_weight": 1.0, "teacher_mode": "eval", "sampler": "sag"},
+        id="arco-rank",
+    )
+)
+
+
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("network", NETWORKS)
-@pytest.mark.parametrize("name", [entry.name for entry in catalogue.CATALOGUE])
-def test_a_step_never_waits_for_the_device(name, network, bf16):
+@pytest.mark.parametrize(("name", "settings"), VARIANTS)
+def test_a_step_never_waits_for_the_device(name, settings, network, bf16):
     dims, arguments = NETWORKS[network]
     task = Task(1, ("background", "a", "b"), dims, (32,) * dims, network, arguments)
     method_class = catalogue.load(name)
-    method = method_class(task, method_class.Config()).cuda().train()
+    method = method_class(task, method_class.Config(**settings)).cuda().train()
     method.generator = torch.Generator("cuda").manual_seed(0)
     shape = (32,) * dims
 

@@ -66,14 +66,16 @@ def test_sum_is_half_of_each_and_bf16_is_computed_in_fp32():
 
 
 def test_worked_number_of_the_dice_per_image():
-    background = torch.tensor([[0.9, 0.8], [0.3, 0.2]])
-    probs = torch.stack([background, 1 - background])[None]
+    first = torch.tensor([[0.9, 0.8], [0.3, 0.2]])
+    probs = torch.stack([first, 1 - first])[None]
     target = F.one_hot(torch.tensor([[[0, 0], [1, 1]]]), 2).movedim(-1, 1)
     loss = soft_dice_per_image(probs, target)
     assert loss.item() == pytest.approx(1 - (2 * 1.7 / 4.2 + 2 * 1.5 / 3.8) / 2, abs=1e-6)
     assert loss.item() == pytest.approx(0.200501, abs=1e-6)
     foreground = soft_dice_per_image(probs, target, include_background=False)
     assert foreground.item() == pytest.approx(1 - 0.789474, abs=1e-6)
+    background = soft_dice_per_image(probs.flip(1), target.flip(1), include_background=False)
+    assert background.item() == pytest.approx(1 - 0.809524, abs=1e-6)
 
 
 def test_dice_per_image_is_the_mean_over_images_and_an_absent_class_costs_its_share():

@@ -73,6 +73,7 @@ def test_the_share_of_low_entropy_falls_linearly_in_epochs():
     made = method(published_epochs=200)
     shares = {e: 100 * made.entropy_share(Progress(e * 150, 30_000)) for e in (0, 100, 199)}
     assert shares == pytest.approx({0: 20, 100: 10, 199: 0.1})
+    assert made.entropy_share(Progress(30_000, 30_000)) == 0  # after the last step
     assert made.entropy_share(Progress(149, 30_000)) == made.entropy_share(Progress(0, 30_000))
     assert made.entropy_share(Progress(750, 1_500)) == pytest.approx(made.entropy_share(Progress(15_000, 30_000)))
 
@@ -112,10 +113,12 @@ def test_gradient_reaches_what_the_stage_trains_and_nothing_else(stage, dims):
 # Teacher
 
 
-def test_the_teachers_average():
-    made = method()
+@pytest.mark.parametrize(("settings", "decay"), [({}, 0.99), ({"ema_decay": 0.5}, 0.5)])
+def test_the_teachers_average(settings, decay):
+    made = method(**settings)
+    heads = [(term.head, term.teacher_head) for term in made.instance.values()]
     for stage, pairs in {
-        "pretraining": [(made.student, made.teacher)],
+        "pretraining": [(made.student, made.teacher), *heads],
         "contrast": [(made.student, made.teacher), (made.dense, made.teacher_dense)],
     }.items():
         with torch.no_grad():
@@ -123,7 +126,7 @@ def test_the_teachers_average():
                 for p, q in zip(student.parameters(), teacher.parameters(), strict=True):
                     p.zero_()
                     q.fill_(1.0)
-        for expected in (0.99, 0.9801):
+        for expected in (decay, decay**2):
             made.after_step(Progress(0, 10, stage))
             for _, teacher in pairs:
                 assert all(torch.allclose(q, torch.full_like(q, expected)) for q in teacher.parameters())
@@ -289,6 +292,120 @@ def test_weights_scale_the_terms():
         assert scaled[name].item() == pytest.approx(weight * one[name].item(), rel=1e-5)
 
 
+def test_weights_scale_the_first_stages_terms():
+    data, progress = batch(), Progress(0, 10, "pretraining")
+    one = method(stage="pretraining").losses(data, progress)
+    for name in ("instance_global", "instance_local"):
+        scaled = method(stage="pretraining", **{f"{name}_weight": 2.0}).losses(data, progress)
+        for term, value in one.items():
+            assert value.item() > 0
+            assert scaled[term].item() == pytest.approx((1 + (term == name)) * value.item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, (0.1, 0.01)),
+        ({"student_temperature": 0.3}, (0.3, 0.01)),
+        ({"teacher_temperature": 0.07}, (0.1, 0.07)),
+    ],
+)
+def test_both_instance_terms_get_the_temperatures(settings, expected):
+    made, seen = method(stage="pretraining", **settings), []
+    for term in made.instance.values():
+        term.register_forward_pre_hook(lambda module, args, given: seen.append(given), with_kwargs=True)
+    made.losses(batch(), Progress(0, 10, "pretraining"))
+    assert seen == [dict(zip(("student_temperature", "teacher_temperature"), expected, strict=True))] * 2
+
+
+GLOBAL, LOCAL = ("pretraining", "instance_global"), ("pretraining", "instance_local")
+CONTRAST, NEIGHBOR = ("contrast", "contrast"), ("contrast", "nearest_neighbor")
+PSEUDO, WARPED = ("contrast", "unsupervised"), ("contrast", "equivariance")
+ALL = {"confidence_threshold": 0.0, "equivariance_weight": 1.0}
+RANK = {**ALL, "negatives": "rank"}
+
+
+@pytest.mark.parametrize(
+    ("stage_and_term", "others", "setting", "value"),
+    [
+        (GLOBAL, {}, "student_temperature", 0.3),
+        (LOCAL, {}, "student_temperature", 0.3),
+        (GLOBAL, {}, "teacher_temperature", 0.1),
+        (LOCAL, {}, "teacher_temperature", 0.1),
+        (GLOBAL, {}, "head_activation", "none"),
+        (LOCAL, {}, "head_activation", "none"),
+        (GLOBAL, {}, "queue_length", 7),
+        (GLOBAL, {}, "global_channels", 10),
+        (LOCAL, {}, "crop_size", 8),
+        (LOCAL, {}, "crop_stride", 4),
+        (GLOBAL, {}, "student_jitter", 0.1),
+        (LOCAL, {}, "teacher_jitter", 0.0),
+        (LOCAL, {}, "jitter_probability", 1.0),
+        (LOCAL, {"jitter_probability": 1.0}, "blur_sigma", (2.0, 3.0)),
+        (LOCAL, {}, "teacher_mode", "eval"),
+        (CONTRAST, ALL, "teacher_mode", "eval"),
+        (CONTRAST, ALL, "sampler", "naive"),
+        (CONTRAST, ALL, "sampler", "sag"),
+        (CONTRAST, ALL, "groups_per_axis", 2),
+        (CONTRAST, ALL, "ordering", "scan"),
+        (CONTRAST, ALL, "temperature", 0.1),
+        (CONTRAST, ALL, "anchors", 15),
+        (CONTRAST, ALL, "negatives_per_anchor", 7),
+        (CONTRAST, ALL, "anchor_probability", 0.4),
+        (CONTRAST, ALL, "entropy_percent", 50.0),
+        (CONTRAST, ALL, "published_epochs", 1),
+        (CONTRAST, ALL, "negative_confidence", 0.0),
+        (CONTRAST, ALL, "negatives", "rank"),
+        (CONTRAST, RANK, "negative_probability", 0.35),
+        (CONTRAST, RANK, "rank_low", 1),
+        (CONTRAST, {**RANK, "rank_low": 1}, "rank_high", 2),
+        (CONTRAST, RANK, "bank_size", 5),
+        (CONTRAST, RANK, "bank_size_background", 5),
+        (CONTRAST, ALL, "dense_channels", 7),
+        (NEIGHBOR, ALL, "nn_pool", 4),
+        (NEIGHBOR, ALL, "neighbors", 2),
+        (PSEUDO, ALL, "confidence_threshold", 0.4),
+        (PSEUDO, ALL, "mixing", "none"),
+        (PSEUDO, ALL, "mixed_jitter", 0.0),
+        (WARPED, ALL, "negative_confidence", 0.0),
+    ],
+)
+def test_settings_act(stage_and_term, others, setting, value):
+    """Under the same seed the term is another one, and only then."""
+    (stage, term), data = stage_and_term, batch()
+
+    def loss(**settings):
+        value = method(stage=stage, **(others | settings)).losses(data, Progress(3, 10, stage))[term].item()
+        assert 0 < value < 1e3
+        return value
+
+    assert loss() == loss()
+    assert loss() != pytest.approx(loss(**{setting: value}), rel=1e-6)
+
+
+def test_crops_and_shares_of_the_stages_are_those_asked_for():
+    made = method(crop_size=8, crop_stride=2, queue_length=7, pretraining_share=0.25, nn_pool=4)
+    assert made.instance["local"].head.pooling.crops == 5 * 5
+    assert [len(term.queue.values) for term in made.instance.values()] == [7, 7]
+    assert tuple(made.pool.values.shape) == (7, 6 * 4 * 4)
+    assert [(stage.name, stage.share) for stage in made.stages()] == [("pretraining", 0.25), ("contrast", 0.75)]
+    assert not method(nesterov=False).optimizers(stage_of(made, "contrast"))["main"].nesterov
+
+
+def test_the_contrast_compares_student_and_teacher_on_the_same_view():
+    made, seen = method(mixed_jitter=0.25, jitter_probability=1.0), {"student": [], "teacher": []}
+    for name, inputs in seen.items():
+        first = getattr(made, name).encoder[0]
+        first.register_forward_hook(lambda module, args, output, inputs=inputs: inputs.append(args[0]))
+    data = batch()
+    made.losses(data, Progress(0, 10, "contrast"))
+    assert torch.equal(seen["student"][0], data.labeled) and torch.equal(seen["teacher"][0], data.unlabeled)
+    assert torch.equal(seen["student"][1], seen["teacher"][1])
+    mixed = method(mixed_jitter=0.25, jitter_probability=1.0)._mixed(data.unlabeled)[0]
+    assert not any(torch.equal(view, image) for view, image in zip(seen["student"][1], mixed, strict=True))
+    assert torch.equal(seen["teacher"][2], data.labeled)
+
+
 def test_the_teachers_view_alone_is_jittered_in_the_first_stage():
     made = method(stage="pretraining", jitter_probability=1.0)
     seen = {}
@@ -307,6 +424,15 @@ def test_mixed_images_are_jittered_in_2d_only():
 
 
 # Degenerate batches
+
+
+@pytest.mark.parametrize("stage", ["pretraining", "contrast"])
+def test_a_batch_without_unlabeled_rows_is_refused(stage):
+    made = method(stage=stage)
+    with pytest.raises(
+        ConfigError, match=r"^method 'arco' needs unlabeled rows; set plan.unlabeled_batch_size to 1 or"
+    ):
+        made.losses(batch(unlabeled=0), Progress(0, 10, stage))
 
 
 @pytest.mark.parametrize("negatives", ["complement", "rank"])

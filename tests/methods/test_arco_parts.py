@@ -20,6 +20,7 @@ from scantly.methods.parts.arco_instance import (
     instance_terms,
 )
 from scantly.methods.parts.arco_sets import class_sets, complement_negatives, rank_bounds, rank_negatives
+from scantly.methods.parts.samplers import grid_order
 
 
 def generator(seed=0):
@@ -349,12 +350,91 @@ def test_gradient_reaches_the_drawn_anchors_alone(monkeypatch):
 
     monkeypatch.setattr(arco_contrast, "sample", spy)
     student = (student + torch.randn(student.shape, generator=generator(3))).requires_grad_()
-    features = seen.teacher_features.clone().requires_grad_()
-    contrast(3, Seen(labels, seen.trusted, seen.probs, seen.teacher_probs, features.detach()), student)[0].backward()
+    others = [each.clone().requires_grad_() for each in (seen.probs, seen.teacher_probs, seen.teacher_features)]
+    contrast(3, Seen(labels, seen.trusted, *others), student)[0].backward()
     touched = student.grad.flatten(0, -2).abs().sum(1) > 0
     anchors = torch.zeros_like(touched).index_fill(0, drawn[0][0].flatten(), True)
     assert torch.equal(touched, anchors)
-    assert features.grad is None
+    assert [each.grad for each in others] == [None] * 3
+
+
+@pytest.mark.parametrize("negatives", ["complement", "rank"])
+@pytest.mark.parametrize("ordering", ["grid", "scan"])
+@pytest.mark.parametrize("sampler", ["naive", "sg", "sag"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_anchors_and_negatives_are_drawn_as_the_settings_say(dims, sampler, ordering, negatives, monkeypatch):
+    _, seen, student, _ = images(3, dims)
+    calls = []
+
+    def record(name):
+        original = getattr(arco_contrast, name)
+
+        def spy(kind, sets, draws, groups, source, *, order=None, permute=False):
+            calls.append((name, kind, draws, groups, permute, order))
+            given = {} if order is None else {"order": order}
+            return original(kind, sets, draws, groups, source, permute=permute, **given)
+
+        monkeypatch.setattr(arco_contrast, name, spy)
+
+    record("sample")
+    record("draw_ranks")
+    contrast(3, seen, student, dims, sampler=sampler, ordering=ordering, negatives=negatives, groups_per_axis=3)
+    source = {"complement": "sample", "rank": "draw_ranks"}[negatives]
+    assert [call[:5] for call in calls] == [
+        ("sample", sampler, 8, 3**dims, False),
+        (source, sampler, 8 * 16, 3**dims, True),
+    ]
+    expected = grid_order(3, (8,) * dims, 3, torch.device("cpu"))
+    for name, *_, order in calls:
+        if ordering == "grid" and name == "sample":
+            assert torch.equal(order, expected)
+        else:
+            assert order is None
+
+
+@pytest.mark.parametrize("share", [0.2, 0.05])
+def test_confusions_are_sought_where_the_student_is_uncertain(share, monkeypatch):
+    labels, seen, student, _ = images(3, unlabeled=3)
+    probs = torch.randn(seen.probs.shape, generator=generator(4)).softmax(1)
+    labels[2, :2] = -1  # an ignored voxel is none of those whose quantile it is
+    given = {}
+    original = arco_contrast.rank_negatives
+
+    def spy(*args, **kwargs):
+        given.update(uncertain=args[3], labeled=args[4], **kwargs)
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(arco_contrast, "rank_negatives", spy)
+    config = ContrastConfig(anchors=8, negatives_per_anchor=16, negatives="rank", negative_probability=0.6)
+    flat = student.flatten(0, -2)
+    seen = Seen(labels, seen.trusted, probs, seen.teacher_probs, seen.teacher_features)
+    VoxelContrast(config, task(3), 5)(lambda index: flat[index], seen, share, generator())
+    h = -(probs * probs.log()).sum(1)
+    limit = torch.quantile(h[labels[1:] >= 0], 1 - share)
+    assert torch.equal(given["uncertain"][1:], h >= limit)
+    assert given["uncertain"][:1].all()
+    assert (given["labeled"], given["low"], given["high"], given["largest_probability"]) == (1, 2, 3, 0.6)
+
+
+@pytest.mark.parametrize(
+    ("classes", "low", "high"), [(2, 2, None), (2, 0, None), (3, 3, 20), (4, None, 3), (4, None, 2), (8, 8, 9)]
+)
+def test_ranks_that_no_class_has_are_refused_in_rank_mode_alone(classes, low, high):
+    given = {"rank_low": low, "rank_high": high}
+    bounds = rank_bounds(classes, low, high)
+    message = (
+        rf"method\.rank_low is {bounds[0]} and method\.rank_high {bounds[1]}, and with {classes} classes .* must hold; "
+        r"change them or leave both out\.$"
+    )
+    with pytest.raises(ConfigError, match=message):
+        VoxelContrast(ContrastConfig(negatives="rank", **given), task(classes), 5)
+    assert not VoxelContrast(ContrastConfig(**given), task(classes), 5).banks
+
+
+@pytest.mark.parametrize(("classes", "low", "high"), [(2, None, None), (3, None, None), (21, None, None), (8, 7, 20)])
+def test_ranks_that_classes_have_are_taken(classes, low, high):
+    module = VoxelContrast(ContrastConfig(negatives="rank", rank_low=low, rank_high=high), task(classes), 5)
+    assert len(module.banks) == classes
 
 
 def test_unlabeled_voxels_of_high_entropy_are_no_anchors():

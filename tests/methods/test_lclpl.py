@@ -29,7 +29,7 @@ def make_method(dims=2, classes=CLASSES, side=16, **settings):
 
 
 def make_batch(method, rows=4, seed=0, classes=None):
-    """Noisy images with boxes of every class; labeled, extra and pseudo-labeled rows differ."""
+    """Noisy images with boxes of every class; labeled, extra and pseudo-labeled rows differ, views and raw rows too."""
     generator = torch.Generator().manual_seed(seed)
     dims, side = method.task.spatial_dims, method.task.patch_size[-1]
 
@@ -43,7 +43,18 @@ def make_batch(method, rows=4, seed=0, classes=None):
         return labels[:, None] + 0.3 * torch.randn(count, 1, *labels.shape[1:], generator=generator), labels
 
     (x, y), (u, p), (e, f) = images(rows), images(method.pairs.unlabeled), images(method.pairs.labeled)
-    return Batch(x, y, u, x, y, u, pseudo_labels=p, pseudo_labels_raw=p, extra=e, extra_labels=f)
+    return Batch(
+        x,
+        y,
+        u.flip(-1),
+        x.flip(-1),
+        y.flip(-1),
+        u,
+        pseudo_labels=p.flip(-1),
+        pseudo_labels_raw=p,
+        extra=e,
+        extra_labels=f,
+    )
 
 
 def gradients(method, loss):
@@ -274,8 +285,10 @@ def test_contrastive_views_change_intensities_alone_and_stay_in_range():
 def test_without_intensity_changes_the_views_are_the_images():
     method = make_method(brightness=0.0, contrast=0.0)
     batch = make_batch(method)
-    views, _ = method._contrastive_views(batch)
-    torch.testing.assert_close(views[0], batch.extra[0])
+    views, labels = method._contrastive_views(batch)
+    members = list(method.pairs.first + method.pairs.second)
+    torch.testing.assert_close(views, torch.cat([batch.extra, batch.unlabeled_raw])[members])
+    assert torch.equal(labels, torch.cat([batch.extra_labels, batch.pseudo_labels_raw])[members])
 
 
 def test_intensities_of_labeled_images_change_on_request_alone():
@@ -415,6 +428,20 @@ def test_settings_of_the_pairs_and_draws_train(settings):
     terms = method.losses(make_batch(method), ROUND)
     assert 2 * 0.693 * 0.1 < terms["contrast"].item() < 0.5
     assert any(name.startswith("contrast_head") for name in gradients(method, sum(terms.values())))
+
+
+@pytest.mark.parametrize("kind", ["naive", "sg", "sag"])
+def test_anchors_are_drawn_by_the_sampler_asked_for(kind, monkeypatch):
+    seen = []
+
+    def spy(*arguments):
+        seen.append((arguments[0], arguments[2], arguments[3]))
+        return sample(*arguments)
+
+    monkeypatch.setattr("scantly.methods.lclpl.sample", spy)
+    method = make_method(pixels=4, **({} if kind == "naive" else {"sampler": kind}))  # naive is the default
+    method.losses(make_batch(method), ROUND)
+    assert seen == [(kind, 4, 4)]
 
 
 @pytest.mark.parametrize(("variant", "least"), [("intra", 0.0), ("inter", 2 * math.log(2))])

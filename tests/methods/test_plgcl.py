@@ -14,6 +14,8 @@ from scantly.losses.patch_contrastive import binary_entropy
 from scantly.methods.base import Batch, Progress, Stage, Task
 from scantly.methods.parts.ema import update_teacher
 from scantly.methods.parts.patch_contrast import Guide, embed
+from scantly.methods.parts.patch_views import crop
+from scantly.methods.parts.patches import Boxes
 from scantly.methods.plgcl import PLGCL
 from scantly.training.config import TrainingSection
 from scantly.training.optimizers import TrainingHandles
@@ -91,6 +93,32 @@ def test_the_total_of_the_worked_terms(monkeypatch):
         "contrast": 0.55,
     }
     assert sum(terms.values()).item() == pytest.approx(1.95)
+
+
+def test_positive_and_negative_score_of_the_worked_anchor():
+    """Temperature 0.2, covariance weight 4, w = 2: pos 5.0, neg 3.0, loss 0.739545; mean of the four 1.550770.
+
+    ``exp(loss + f.mu / tau) = exp(pos) + w exp(neg)``, so two values of w give both scores.
+    """
+    a, b = torch.tensor([[1.0, 0.0], [0.8, 0.6]]), torch.tensor([[0.0, 1.0], [-0.6, 0.8]])
+    vectors = torch.cat([nn.functional.pad(each, (0, 126)) for each in (a, b)])
+    label = torch.tensor([0, 0, 1, 1])
+
+    def loss(w, rows):
+        method = make(classes=("background", "a"), warmup_negative_weight=2 * w)
+        method.contrast.queues.push([0, 1], vectors)
+        counts = tuple(int((label[rows] == k).sum()) for k in range(2))
+        boxes = Boxes(label[rows], label[rows], torch.zeros(len(label[rows]), 2).long(), (4, 4), counts)
+        return method.contrast._compare(vectors[rows], boxes, joint=False).item()
+
+    # b2 mirrors a1, so both have the loss of a1
+    first = {w: loss(w, [0, 3]) for w in (2.0, 4.0)}
+    assert first[2.0] == pytest.approx(0.739545, abs=2e-5)
+    total = {w: math.exp(each + 0.9 / 0.2) for w, each in first.items()}
+    negative = (total[4.0] - total[2.0]) / 2
+    assert math.log(negative) == pytest.approx(3.0, abs=1e-3)
+    assert math.log(total[2.0] - 2 * negative) == pytest.approx(5.0, abs=1e-3)
+    assert loss(2.0, [0, 1, 2, 3]) == pytest.approx(1.550770, abs=2e-5)
 
 
 def test_consistency_is_the_mean_over_unlabeled_images():
@@ -290,6 +318,75 @@ def test_confidence_is_the_mean_probability_and_cosine_the_likeness_to_the_queue
     torch.testing.assert_close(scores, expected)
 
 
+@pytest.mark.parametrize(
+    ("candidates", "budget", "sizes"),
+    [
+        (2, 8, [2]),
+        (8, 8, [8]),
+        (9, 8, [5, 4]),
+        (17, 8, [6, 6, 5]),
+        (3, 2, [3]),
+        (5, 2, [3, 2]),
+        (4, 3, [2, 2]),
+    ],
+)
+def test_cosine_embeds_the_candidates_in_passes_of_at_most_the_budget(candidates, budget, sizes, monkeypatch):
+    method = make(patch_size=4, patch_budget=budget, sampling_metric="cosine")
+    seen = []
+
+    def spy(network, head, patches):
+        assert (network, head) == (method.teacher, method.contrast.teacher_head)
+        seen.append(len(patches))
+        return patches.mean((1, 2, 3))[:, None] * nn.functional.one_hot(torch.tensor([0]), 128)
+
+    monkeypatch.setattr("scantly.methods.parts.patch_contrast.embed", spy)
+    for k, sign in enumerate((1, -1, 1)):
+        method.contrast.queues.push([k], sign * nn.functional.one_hot(torch.tensor([0, 0]), 128).float())
+    images = torch.arange(candidates).view(-1, 1, 1, 1).expand(-1, 1, 16, 16) / candidates
+    label = torch.arange(candidates) * 3 // candidates
+    rows = torch.arange(candidates)
+    counts = tuple(int((label == k).sum()) for k in range(3))
+    boxes = Boxes(label, rows, torch.zeros(candidates, 2).long(), (4, 4), counts)
+    maps = label[:, None, None].expand(-1, 16, 16)
+    scores = method.contrast._scores(
+        boxes, method.teacher, Guide(images, maps, one_hot(maps), candidates, True), method.generator
+    )
+    assert seen == sizes
+    sign = torch.tensor([1.0, -1.0, 1.0])[label]
+    torch.testing.assert_close(scores, (1 + sign * rows / candidates) / 2)  # each candidate has its own
+
+
+def test_no_pass_of_cosine_is_of_one_class_where_there_are_more(monkeypatch):
+    method = make(patch_size=4, patch_budget=8, sampling_metric="cosine")
+    seen = []
+
+    def spy(boxes):
+        seen.append(set(boxes.label.tolist()))
+
+    original = crop
+    monkeypatch.setattr(
+        "scantly.methods.parts.patch_contrast.crop",
+        lambda images, labels, boxes: spy(boxes) or original(images, labels, boxes),
+    )
+    batch = make_batch()
+    drawn = guide(batch, one_hot(torch.cat([batch.labels, batch.labels])))
+    boxes = method.contrast._boxes(method.contrast.copy(drawn), drawn)
+    method.contrast._scores(boxes, method.teacher, drawn, method.generator)
+    assert len(seen) > 3
+    assert all(each == {0, 1, 2} for each in seen)
+
+
+def test_a_single_candidate_has_half_a_score_and_trains():
+    method = make(patch_size=16, sampling_metric="cosine")
+    batch = make_batch(rows=1, unlabeled=0, labels=(0, 0))
+    terms = method.losses(batch, at("joint"))
+    logged = method.pop_logged()
+    assert logged["patches/background"] == 1
+    assert logged["score_of_patches"] == logged["score_of_accepted_patches"] == 0.5
+    assert terms["contrast"] == 0
+    assert method.contrast.queues[0].filled == 128
+
+
 def test_entropy_of_intensities_is_taken_inside_the_class(monkeypatch):
     method = make(patch_size=4, entropy_source="intensity")
     batch = make_batch()
@@ -311,8 +408,23 @@ def test_the_coverage_filter_moves_its_thresholds_in_the_joint_stage_only():
     assert (method.contrast.coverage == 0.5).all()
     method.losses(batch, at("joint"))
     assert method.contrast.coverage_updates == 1
-    assert (method.contrast.coverage != 0.5).any()
-    assert ((method.contrast.coverage - 0.5).abs() < 1).all()
+
+
+@pytest.mark.parametrize(
+    ("rule", "kept", "thresholds"),
+    [("repaired", [16, 8, 8], [0.404, 0.516, 0.516]), ("published", [16, 0, 0], [0.596, 0.564, 0.564])],
+)
+def test_the_coverage_of_the_patches_moves_the_thresholds(rule, kept, thresholds):
+    """Two images of 16 x 16 with two boxes of 6 x 6, patches of 4 x 4.
+
+    Of the 32 of the background 16 are full and 16 cover 7/16; all of the 8 of each box are full. The thresholds move
+    by 0.01 (0.8 * 32 - 16) = 0.096 and 0.01 (0.8 * 8 - 8) = -0.016, or where none is kept 0.01 * 0.8 * 8 = 0.064.
+    """
+    method = make(patch_size=4, patch_budget=128, coverage_filter=rule)
+    method.losses(make_batch(unlabeled=0), at("joint"))
+    assert method.contrast.coverage.tolist() == pytest.approx(thresholds, abs=1e-6)
+    logged = method.pop_logged()
+    assert [logged[f"patches/{name}"] for name in CLASSES] == kept
 
 
 # embeddings, queues, gradients
@@ -359,6 +471,57 @@ def test_the_queues_take_the_teachers_views_of_every_class_before_the_loss():
     assert logged["bank_fill"].item() == pytest.approx(4 / 256)
     assert logged["positive_similarity"].abs() <= 1
     torch.testing.assert_close(method.contrast.queues[1].values[:4].norm(dim=1), torch.ones(4))
+
+
+def test_the_teacher_embeds_what_the_queues_take_and_the_student_the_anchors(monkeypatch):
+    calls = []
+
+    def spy(network, head, patches):
+        calls.append((network, head, embed(network, head, patches)))
+        return calls[-1][2]
+
+    monkeypatch.setattr("scantly.methods.parts.patch_contrast.embed", spy)
+    method = make(patch_budget=10)
+    contrast = method.contrast
+    method.losses(make_batch(), at("warmup"))
+    (teacher, teacher_head, views), (student, head, anchors) = calls
+    assert (teacher is method.teacher, teacher_head is contrast.teacher_head) == (True, True)
+    assert (student is method.student, head is contrast.head) == (True, True)
+    assert (views.requires_grad, anchors.requires_grad) == (False, True)
+    for label, expected in enumerate(views.split(4)):
+        assert torch.equal(contrast.queues[label].values[:4], expected)
+
+
+STAGE_WEIGHTS = {
+    "warmup_temperature": 0.3,
+    "temperature": 0.7,
+    "warmup_covariance_weight": 2.0,
+    "covariance_weight": 3.0,
+    "warmup_negative_weight": 5.0,
+    "negative_weight": 7.0,
+}
+
+
+@pytest.mark.parametrize(
+    ("stage", "kind", "expected"),
+    [
+        ("warmup", "closed", {"temperature": 0.3, "covariance_weight": 2.0, "negative_weight": 5.0}),
+        ("joint", "closed", {"temperature": 0.7, "covariance_weight": 3.0, "negative_weight": 7.0}),
+        ("warmup", "discrete", {"temperature": 0.3}),
+        ("joint", "discrete", {"temperature": 0.7}),
+    ],
+)
+def test_the_weights_of_the_stage_reach_the_contrast(stage, kind, expected, monkeypatch):
+    seen = []
+
+    def spy(anchors, *_, valid=None, **weights):
+        seen.append(weights)
+        return anchors.sum()
+
+    name = {"closed": "closed_form_contrast", "discrete": "discrete_contrast"}[kind]
+    monkeypatch.setattr(f"scantly.methods.parts.patch_contrast.{name}", spy)
+    make(contrast=kind, **STAGE_WEIGHTS).losses(make_batch(), at(stage))
+    assert seen == [expected]
 
 
 def test_a_strong_view_goes_to_the_student_and_the_weak_one_to_the_teacher():
@@ -417,16 +580,23 @@ def test_one_class_alone_gives_no_contrast_but_is_remembered_and_counted():
     assert method.contrast.contrast_empty == 1
 
 
-def test_an_absent_class_is_skipped_whatever_its_queue_holds():
-    method = make(patch_budget=4)
-    method.losses(make_batch(), at("warmup"))
-    before = method.contrast.queues[2].values.clone()
-    terms = method.losses(make_batch(labels=(1, 1), seed=1), at("warmup"))
-    logged = method.pop_logged()
-    assert logged["patches/b"] == 0
-    assert torch.equal(method.contrast.queues[2].values, before)
-    assert terms["contrast"].isfinite()
-    assert method.contrast.contrast_empty == 0
+@pytest.mark.parametrize("contrast", ["closed", "discrete"])
+def test_an_absent_class_is_skipped_whatever_its_queue_holds(contrast):
+    found = []
+    for overwritten in (False, True):
+        method = make(patch_budget=4, contrast=contrast)
+        method.losses(make_batch(), at("warmup"))
+        queues = method.contrast.queues
+        if overwritten:
+            queues.push([2], nn.functional.one_hot(torch.arange(300) % 2, 128).float())
+        before = queues[2].values.clone()
+        terms = method.losses(make_batch(labels=(1, 1), seed=1), at("warmup"))
+        assert method.pop_logged()["patches/b"] == 0
+        assert torch.equal(queues[2].values, before)
+        assert method.contrast.contrast_empty == 0
+        found.append(terms["contrast"].item())
+    assert math.isfinite(found[0])
+    assert found[0] == found[1]
 
 
 def test_a_single_labeled_image_and_a_single_foreground_class():

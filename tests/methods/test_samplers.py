@@ -168,13 +168,40 @@ def test_antithetic_pairs_are_mirror_images_in_their_stratum():
     assert positions.dtype == torch.float64
 
 
+def evenness(ranks, size):
+    """Hits per candidate, and their chi-square in multiples of the bound on that of even draws."""
+    hits = torch.bincount(ranks.flatten(), minlength=size).double()
+    expected = ranks.numel() / size
+    # Mirrored pairs double the variance of the statistic.
+    return hits, float(((hits - expected) ** 2 / expected).sum() / (size - 1 + 6 * math.sqrt(4 * (size - 1))))
+
+
 @pytest.mark.parametrize("kind", ["sg", "sag"])
 def test_all_candidates_are_drawn_equally_often(kind):
-    size, draws, runs = 5233, 256, 2045
-    ranks = draw_ranks(kind, torch.full((runs,), size), draws, 16, generator(3))
-    hits = torch.bincount(ranks.flatten(), minlength=size).double()
-    expected = runs * draws / size
-    assert ((hits - expected) ** 2 / expected).sum() <= (size - 1) + 6 * math.sqrt(4 * (size - 1))
+    ranks = draw_ranks(kind, torch.full((2045,), 5233), 256, 16, generator(3))
+    assert evenness(ranks, 5233)[1] <= 1
+
+
+def folded_grid(size, draws, parts, runs, g):
+    """The released sampler: the list in a square of cells, equally many draws from each, uniform ones to fill up."""
+    edge = round(math.sqrt(size))
+    assert edge**2 <= size  # so no cell holds what is no candidate
+    square = torch.arange(edge**2).view(edge, edge)
+    starts = [part * (edge // parts) for part in range(parts)] + [edge]
+    cells = [square[a:b, c:d].flatten() for (a, b), (c, d) in product(pairwise(starts), repeat=2)]
+    per_cell = draws * edge**2 // size // parts**2
+    ranks = [cell[torch.randint(len(cell), (runs, per_cell), generator=g)] for cell in cells]
+    filler = torch.randint(size, (runs, draws - per_cell * parts**2), generator=g)
+    return torch.cat([*ranks, filler], dim=1)
+
+
+def test_the_released_folded_grid_draws_the_end_of_the_list_too_seldom():
+    ranks = folded_grid(5233, 256, 4, 2045, generator(3))
+    hits, chi_square = evenness(ranks, 5233)
+    assert ranks.shape == (2045, 256)
+    assert chi_square > 1
+    assert float(hits[5184:].mean()) / 100 == pytest.approx(16 / 256, rel=0.2)
+    assert float(hits[:5184].min()) > float(hits[5184:].max())
 
 
 def test_permuted_draws_are_the_same_draws_in_another_order_per_set():

@@ -18,9 +18,11 @@ __all__ = ["ChannelNormalization", "complete", "lacks_numbers", "requested"]
 class ChannelNormalization(Settings):
     """Intensity normalization of one channel, over the whole image before any crop."""
 
-    scheme: Literal["zscore", "minmax", "ct", "none"] = Field(
-        description="zscore: zero mean, unit deviation per image; minmax: [0, 1] per image; ct: clip to "
-        "[lower, upper], then subtract mean and divide by std (numbers of the cohort); none: as stored"
+    scheme: Literal["zscore", "minmax", "percentile", "ct", "none"] = Field(
+        description="zscore: zero mean, unit deviation per image; minmax: [0, 1] per image; percentile: "
+        "(I - p1) / (p99 - p1) with the image's percentiles 1 and 99, not clipped (LCLPL, Chaitanya et al., Medical "
+        "Image Analysis 2023); ct: clip to [lower, upper], then subtract mean and divide by std (numbers of the "
+        "cohort); none: as stored"
     )
     lower: float | None = Field(default=None, description="ct: lower clip, in the image's unit (HU)")
     upper: float | None = Field(default=None, description="ct: upper clip, in the image's unit (HU)")

@@ -228,10 +228,11 @@ def normalize(values: NDArray[np.float32], scheme: ChannelNormalization) -> NDAr
         scheme: See :class:`ChannelNormalization`.
 
     Returns:
-        (D, H, W) float32. A constant image becomes zeros under ``zscore`` and ``minmax``.
+        (D, H, W) float32. A constant image becomes zeros under ``zscore``, ``minmax`` and ``percentile``.
 
     Raises:
-        ImageError: if a voxel is NaN or infinite.
+        ImageError: if a voxel is NaN or infinite, or if under ``percentile`` both percentiles are the same although
+            the image is not constant.
     """
     broken = values.size - int(np.isfinite(values).sum())
     if broken:
@@ -243,10 +244,18 @@ def normalize(values: NDArray[np.float32], scheme: ChannelNormalization) -> NDAr
         values = np.clip(values, scheme.lower, scheme.upper)
     elif scheme.scheme == "minmax":
         shift, scale = float(values.min()), float(values.max()) - float(values.min())
+    elif scheme.scheme == "percentile":
+        low, high = (float(value) for value in np.percentile(values, (1, 99)))
+        shift, scale = low, high - low
     else:
         shift, scale = float(values.mean(dtype=np.float64)), float(values.std(dtype=np.float64))
     if values.min() == values.max() and scheme.scheme != "ct":
         return np.zeros(values.shape, dtype=np.float32)
+    if scheme.scheme == "percentile" and scale == 0:
+        raise ImageError(
+            f"percentiles 1 and 99 of the image are both {shift:g}, so scheme percentile cannot scale it; "
+            "choose another scheme under 'plan.normalization'."
+        )
     normalized: NDArray[np.float32] = ((values - np.float64(shift)) / np.float64(scale)).astype(np.float32)
     return normalized
 

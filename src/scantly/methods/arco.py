@@ -67,6 +67,9 @@ class ARCO(Method):
       contrast act on each image's own range. No random diffeomorphism: it moves images and not their labels.
     * Averages are updated after each step, which equals the published order. The share of low entropy falls over the
       stage in ``published_epochs`` steps, however long it is; an epoch has no other meaning here.
+    * The default ``unet`` goes up by linear interpolation, the public 2D code by transposed convolutions
+      (``network.arguments.upsampling=transposed``). The learning rate is set one step late, as there and for every
+      method here; the paper divides it by 10 every 2500 iterations instead.
     """
 
     class Config(InstanceConfig, ContrastConfig):
@@ -186,7 +189,12 @@ class ARCO(Method):
 
         ``supervised``, then in the first stage ``instance_global`` and ``instance_local``, in the second
         ``unsupervised``, ``contrast``, ``nearest_neighbor`` and ``equivariance``.
+
+        Raises:
+            ConfigError: if the batch has no unlabeled rows.
         """
+        if not len(batch.unlabeled):
+            raise ConfigError("method 'arco' needs unlabeled rows; set plan.unlabeled_batch_size to 1 or more.")
         return self._pretraining(batch) if progress.stage == "pretraining" else self._contrast(batch, progress)
 
     def _pretraining(self, batch: Batch) -> dict[str, Tensor]:

@@ -54,19 +54,27 @@ class LCLPL(Method):
     * Its division by the number of anchors acts on the running sum over the pairs, so the last pair counts for
       nearly all (``normalization="released"``); the default is the mean over pairs that was meant.
     * Absent classes are left out of every denominator, and anchors that face a single class are dropped; there every
-      slice of a pair holds every class. Where few slices do, slices with fewer classes are drawn, there the step is
-      skipped.
+      slice of a pair holds every class.
     * The views of the contrastive images are drawn per image, there once for all images of a set. Their intensities
-      are relative to each image's minimum and maximum, there to the scan's percentiles 1 and 99.
+      are relative to each image's minimum and maximum, there to the scan's percentiles 1 and 99 (normalization
+      ``percentile`` of the plan).
     * Lengths in pixels (deformation, smoothing) hold for slices of 192 x 192 and are scaled with the patch.
     * Displacements are interpolated with the grid's points at the corners, sides and center of the slice.
     * Batch-norm statistics of the baseline's encoder and decoder are kept in round 1, there reset.
     * Background voxels take part where there is one foreground class; the loss would not exist otherwise.
     * The slices of the segmentation loss hold at least 3 classes (background counted), at least 2 where there are 3;
-      in the baseline any.
+      in the baseline any. Where fewer than five slices hold as many classes as asked for, here or in the pairs, those
+      with fewer are drawn, and :class:`~scantly.data.batches.BatchSource` says so in a message; there the step is
+      skipped.
+    * The pool is what the split leaves unlabeled; the public lists, in which it contains nearly all labeled cases and
+      some for validation, are not offered.
+    * The pool is predicted in float32, also where training runs in bf16.
     * 3D: patches instead of slices, the batch size of the plan, 4 pairs, no random field; the paper is 2D.
     * Left out: the gate that accepts a scan's pseudo-labels by the agreement of two augmented predictions, which is
       off in the public code, and its variant without gradient through the means, which was never released.
+
+    ``contrast_empty`` counts the steps without any pair within the history of the weights: a round that begins with
+    the best validation takes the counter back with them.
     """
 
     class Config(MethodConfig):

@@ -10,6 +10,7 @@ import torch
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
+from scantly.errors import ConfigError
 from scantly.losses import cosine_similarities, entropy, info_nce, masked_quantiles, sampled_similarities, unit
 from scantly.methods.base import MethodConfig, Task
 from scantly.methods.parts.arco_sets import (
@@ -102,6 +103,9 @@ class VoxelContrast(nn.Module):
         config: Settings.
         task: What is segmented.
         channels: Length D of a voxel's features.
+
+    Raises:
+        ConfigError: if ``negatives="rank"`` and the ranks are no range among those of the classes.
     """
 
     def __init__(self, config: ContrastConfig, task: Task, channels: int) -> None:
@@ -111,6 +115,7 @@ class VoxelContrast(nn.Module):
         self.ranks = rank_bounds(task.num_classes, config.rank_low, config.rank_high)
         self.banks = nn.ModuleList()
         if config.negatives == "rank":
+            _check_ranks(*self.ranks, task.num_classes)
             sizes = [config.bank_size_background, *[config.bank_size] * (task.num_classes - 1)]
             self.banks.extend(MemoryBank(size, (channels,)) for size in sizes)
 
@@ -125,7 +130,7 @@ class VoxelContrast(nn.Module):
 
         Args:
             features_at: The student's features of voxels, flat indices ``(n,)`` -> ``(n, D)``.
-            seen: The step's images; nothing in it takes a gradient.
+            seen: The step's images; nothing in it gets a gradient.
             share: Share of the unlabeled voxels that count as of low entropy (and of high), in [0, 0.5].
             generator: Source of the draws.
 
@@ -135,19 +140,20 @@ class VoxelContrast(nn.Module):
             ``anchors`` and ``negatives``.
         """
         config = self.config
-        by_voxel = seen.teacher_features.flatten(2).transpose(1, 2)
-        rows = torch.empty(by_voxel.shape, device=by_voxel.device).copy_(by_voxel).flatten(0, 1)
-        sets, uncertain = self._sets(seen, share)
-        order = None
-        if config.ordering == "grid":
-            order = grid_order(len(seen.labels), seen.labels.shape[1:], config.groups_per_axis, seen.labels.device)
-        drawn, anchors = sample(config.sampler, sets.anchors, config.anchors, self.groups, generator, order=order)
-        counts = sets.valid.sum(1)
-        with torch.autocast(rows.device.type, enabled=False):
-            prototypes = unit(sets.valid.float() @ rows / counts.clamp(min=1)[:, None])
-        tables, places, negatives = self._negatives(
-            seen, sets, uncertain, unit(rows, in_place=True), order=order, generator=generator
-        )
+        with torch.no_grad():
+            by_voxel = seen.teacher_features.flatten(2).transpose(1, 2)
+            rows = torch.empty(by_voxel.shape, device=by_voxel.device).copy_(by_voxel).flatten(0, 1)
+            sets, uncertain = self._sets(seen, share)
+            order = None
+            if config.ordering == "grid":
+                order = grid_order(len(seen.labels), seen.labels.shape[1:], config.groups_per_axis, seen.labels.device)
+            drawn, anchors = sample(config.sampler, sets.anchors, config.anchors, self.groups, generator, order=order)
+            counts = sets.valid.sum(1)
+            with torch.autocast(rows.device.type, enabled=False):
+                prototypes = unit(sets.valid.float() @ rows / counts.clamp(min=1)[:, None])
+            tables, places, negatives = self._negatives(
+                seen, sets, uncertain, unit(rows, in_place=True), order=order, generator=generator
+            )
         features = features_at(drawn.flatten()).view(*drawn.shape, -1)
         active = (anchors > 0) & (negatives > 0) & ((counts > 0).sum() >= 2)
         terms, positive, negative = [], [], []
@@ -214,6 +220,14 @@ class VoxelContrast(nn.Module):
         counts = torch.stack([bank.filled for bank in banks])
         places = draw_ranks(config.sampler, counts, draws, self.groups, generator, permute=True)
         return [bank.values for bank in banks], places, counts
+
+
+def _check_ranks(low: int, high: int, classes: int) -> None:
+    if not 0 < low < min(high, classes):
+        raise ConfigError(
+            f"method.rank_low is {low} and method.rank_high {high}, and with {classes} classes 0 < rank_low < rank_high"
+            f" and rank_low < {classes} must hold; change them or leave both out."
+        )
 
 
 def _mean(values: list[Tensor], active: Tensor) -> Tensor:

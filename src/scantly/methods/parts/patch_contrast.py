@@ -99,8 +99,9 @@ class PatchContrast(nn.Module):
     go into a queue per class; the loss compares the student's embeddings of the patches themselves with the queues of
     the classes present in the step. The decoder takes no gradient from it.
 
-    Both networks see patches in train mode, all of a step at once (released code: four at a time), and leave their
-    batch-norm statistics, those of evaluation mode, to whole images.
+    Both networks see patches in train mode, all of a step at once (released code: four at a time; the candidates of
+    ``sampling_metric="cosine"``: at most ``patch_budget``), and leave their batch-norm statistics, those of evaluation
+    mode, to whole images.
 
     Args:
         task: What is to be segmented.
@@ -210,11 +211,28 @@ class PatchContrast(nn.Module):
             case "confidence":
                 return box_means(guide.probs, boxes)
             case "cosine":
-                means, _ = self.queues.statistics(range(len(self.classes)))
-                embedded = embed(teacher, self.teacher_head, crop(guide.images, guide.labels, boxes))
-                return (1 + (embedded * F.normalize(means, dim=1)[boxes.label]).sum(1)) / 2
+                return self._likeness(boxes, teacher, guide)
             case "random":
                 return torch.rand(len(boxes.label), generator=generator, device=boxes.label.device)
+
+    def _likeness(self, boxes: Boxes, teacher: EncoderDecoder, guide: Guide) -> Tensor:
+        """``(1 + cosine) / 2`` of each patch's embedding and the mean of its class's queue, ``(M,)``.
+
+        There may be thousands of candidates, so no pass of the teacher has more than ``patch_budget`` (3 where that
+        is 2). Batch norm needs two patches at least, and such that stand for all of them: the passes are of equal
+        size but for one patch, and each takes every so-many-th candidate, so that none is of one class alone. A
+        single candidate cannot be embedded, is taken anyway, and has 0.5, as with an empty queue.
+        """
+        if len(boxes.label) == 1:
+            return torch.full((1,), 0.5, device=boxes.label.device)
+        means = F.normalize(self.queues.statistics(range(len(self.classes)))[0], dim=1)
+        passes = math.ceil(len(boxes.label) / max(self.config.patch_budget, 3))
+        scores = means.new_empty(len(boxes.label))
+        for rows in (slice(first, None, passes) for first in range(passes)):
+            part = dataclasses.replace(boxes, label=boxes.label[rows], image=boxes.image[rows], start=boxes.start[rows])
+            embedded = embed(teacher, self.teacher_head, crop(guide.images, guide.labels, part))
+            scores[rows] = (1 + (embedded * means[part.label]).sum(1)) / 2
+        return scores
 
     def _compare(self, anchors: Tensor, boxes: Boxes, *, joint: bool) -> Tensor:
         """The contrastive loss of the student's embeddings against the queues."""

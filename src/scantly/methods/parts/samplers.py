@@ -4,10 +4,10 @@ You et al., "Rethinking Semi-Supervised Medical Image Segmentation: A Variance-R
 (ARCO). A draw is a *rank* among the N candidates of a set; the unit interval over the ranks is cut into M strata:
 
 - ``naive``: n independent uniform draws; the variance of their mean is sigma^2 / n.
-- ``sg`` (stratified group): draw j lies in stratum j mod M. The variance is never larger, and smaller by the variance
-  of the strata's means where M divides n.
+- ``sg`` (stratified group): draw j lies in stratum j mod M. The variance is never larger, and smaller by 1/n of the
+  variance of the strata's means where M divides n.
 - ``sag`` (stratified-antithetic group): half of the draws, and their mirror images within their strata. No variance for
-  what is linear in the rank; at most twice that of ``naive``.
+  what is linear in the rank where M divides N and n/2; at most twice that of ``naive``.
 
 All three are unbiased for every N, n and M. Deviations from the released code, which folds the list of candidates into
 a square, draws equally often from cells of unequal size and fills up with uniform draws: strata have equal measure
