@@ -57,6 +57,28 @@ def make_batch(method, rows=4, seed=0, classes=None):
     )
 
 
+def statistics(network):
+    return [m.running_mean.clone() for m in network.modules() if isinstance(m, torch.nn.BatchNorm2d)]
+
+
+@pytest.mark.parametrize("batches", ["joint", "apart"])
+def test_views_take_part_in_the_batch_norm_statistics_only_in_a_joint_batch(batches):
+    method = make_method(batches=batches)
+    labeled_alone = make_method(batches=batches)
+    batch = make_batch(method)
+    terms = method.losses(batch, ROUND)
+    labeled_alone.network(labeled_alone._segmentation_view(batch)[0])
+    same = [
+        torch.allclose(a, b, atol=1e-6)
+        for a, b in zip(statistics(method.network), statistics(labeled_alone.network), strict=True)
+    ]
+    assert all(same) if batches == "apart" else not any(same)
+    reached = gradients(method, terms["contrast"])
+    assert any("encoder" in name for name in reached)
+    assert any("contrast_head" in name for name in reached)
+    assert not any(name.startswith("network.head") for name in reached)
+
+
 def gradients(method, loss):
     method.zero_grad(set_to_none=True)
     loss.backward()

@@ -21,6 +21,7 @@ from scantly.losses.local_contrastive import (
     pick_voxels,
 )
 from scantly.methods.base import Batch, Method, MethodConfig, OptimizerSpec, Progress, Rows, Stage, Task
+from scantly.methods.parts.batch_norm import without_statistics
 from scantly.methods.parts.image_pairs import pair_table
 from scantly.methods.parts.label_smoothing import smooth_labels
 from scantly.methods.parts.samplers import SamplerKind, sample
@@ -95,6 +96,11 @@ class LCLPL(Method):
             "inter",
             description="Class means of both images of a pair (inter), or of the image itself (intra; a pair is then "
             "two views of one image).",
+        )
+        batches: Literal["joint", "apart"] = Field(
+            "joint",
+            description="Labeled images and contrastive views pass the network in one batch, as published, or apart, "
+            "where the views leave the batch-norm statistics alone.",
         )
         labeled_pairs: Literal["same", "different"] = Field(
             "same",
@@ -210,10 +216,18 @@ class LCLPL(Method):
         if progress.stage == "baseline" or not self._contrasts:
             return {"supervised": self._segmentation_loss(self.network(images), target)}
         views, labels = self._contrastive_views(batch)
-        features = self.network.decode_features(self.network.encode(torch.cat([images, views])))
-        # All rows, so that batch norm inside the head sees them, as in the public code.
-        logits, of_views = self.network.head(features).split([len(images), len(views)])
-        contrast = self._contrast(self.contrast_head(features[len(images) :]), labels)
+        if self.config.batches == "joint":
+            features = self.network.decode_features(self.network.encode(torch.cat([images, views])))
+            # All rows, so that batch norm inside the head sees them, as in the public code.
+            logits, of_views = self.network.head(features).split([len(images), len(views)])
+            features = features[len(images) :]
+        else:
+            logits = self.network(images)
+            with without_statistics(self.network):
+                features = self.network.decode_features(self.network.encode(views))
+                with torch.no_grad():
+                    of_views = self.network.head(features)
+        contrast = self._contrast(self.contrast_head(features), labels)
         self._watch(contrast, of_views, labels)
         return {
             "supervised": self._segmentation_loss(logits, target),
