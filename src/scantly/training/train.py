@@ -20,6 +20,7 @@ from scantly.methods import catalogue
 from scantly.methods.base import Method, Task
 from scantly.settings import parse
 from scantly.training.config import RunConfig
+from scantly.training.cpu_bf16 import mend_convolutions
 from scantly.training.engine import Engine
 from scantly.training.environment import describe_environment
 from scantly.training.memory import check_memory
@@ -141,6 +142,8 @@ def train_config(config: RunConfig, out: str | Path, *, resume: bool = False, qu
         method.to(fabric.device)
         if config.training.channels_last and config.plan.spatial_dims == 2:
             method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        if fabric.device.type == "cpu" and settings.precision == "bf16":
+            mend_convolutions(method)
         torch.manual_seed(settings.seed + fabric.global_rank)  # dropout differs between ranks
         if settings.compile:
             for child in method.children():
