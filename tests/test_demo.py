@@ -25,7 +25,7 @@ def quick(monkeypatch):
 def test_from_nothing_to_a_report_and_again_without_training(quick, tmp_path, monkeypatch):
     out = tmp_path / "demo"
     report = module.demo(out)
-    page = report.read_text()
+    page = report.read_text(encoding="utf-8")
     assert "Mean Teacher" in page
     assert "Supervised" in page
     runs = module.train_pair(out / "dataset", out / "runs", seed=0)
@@ -35,7 +35,7 @@ def test_from_nothing_to_a_report_and_again_without_training(quick, tmp_path, mo
     assert len(supervised.split["labeled"]) == module.LABELED
     assert not set(supervised.split["test"]) & {*teacher.split["labeled"], *teacher.split["unlabeled"]}
     monkeypatch.setattr("scantly.training.engine.Engine.fit", lambda self: pytest.fail("trained again"))
-    assert module.demo(out).read_text() == page
+    assert module.demo(out).read_text(encoding="utf-8") == page
 
 
 def test_an_interrupted_generation_is_begun_anew(tmp_path, monkeypatch):

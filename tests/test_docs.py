@@ -67,8 +67,8 @@ class Block:
 
 def _blocks() -> Iterator[Block]:
     for page in PAGES:
-        for match in re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(), re.M | re.S):
-            line = page.read_text()[: match.start()].count("\n") + 1
+        for match in re.finditer(r"^```(\w*)\n(.*?)^```$", page.read_text(encoding="utf-8"), re.M | re.S):
+            line = page.read_text(encoding="utf-8")[: match.start()].count("\n") + 1
             yield Block(page, line, match[1], match[2])
 
 
@@ -80,7 +80,7 @@ def _in(language: str, *pages: str) -> list[Block]:
 
 
 def _text_outside_blocks(page: Path) -> str:
-    return re.sub(r"^```\w*\n.*?^```$", "", page.read_text(), flags=re.M | re.S)
+    return re.sub(r"^```\w*\n.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.M | re.S)
 
 
 def _words(line: str) -> list[str]:
@@ -185,12 +185,12 @@ def _monai(name: str) -> Any:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_every_setting_mentioned_exists(page: Path) -> None:
-    for key in set(SETTING.findall(page.read_text())):
+    for key in set(SETTING.findall(page.read_text(encoding="utf-8"))):
         _require_setting(key)
 
 
 def test_defaults_in_the_configuration_page() -> None:
-    text = (ROOT / "docs" / "configuration.md").read_text()
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `([a-z_.]+)` \| ([^|]+) \| [^|]+ \|$", text, re.M)
     shown = {key: yaml.safe_load(value) for key, value in rows}
     models: dict[str, type[Settings]] = {
@@ -219,7 +219,7 @@ def test_every_link_resolves(page: Path) -> None:
         file = page.parent / name if name else page
         assert file.exists(), target
         if anchor:
-            heads = re.findall(r"^#+ (.+)$", file.read_text(), re.M)
+            heads = re.findall(r"^#+ (.+)$", file.read_text(encoding="utf-8"), re.M)
             slugs = {re.sub(r"[^\w\- ]", "", head.lower()).replace(" ", "-") for head in heads}
             assert anchor in slugs, target
 
@@ -254,27 +254,27 @@ def test_the_recipe_shown_is_one(tmp_path: Path) -> None:
 
 
 def test_recipes_are_listed() -> None:
-    text = (ROOT / "docs" / "configuration.md").read_text()
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
     assert set(re.findall(r"^\| `([a-z][a-z-]*)` \|", text, re.M)) == set(known_recipes())
 
 
 def test_methods_are_listed_in_the_readme() -> None:
-    rows = re.findall(r"^\|[^|]+\| `([a-z_]+)` \|", (ROOT / "README.md").read_text(), re.M)
+    rows = re.findall(r"^\|[^|]+\| `([a-z_]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     assert rows == [entry.name for entry in catalogue.CATALOGUE]
 
 
 def test_codes_of_findings_are_listed() -> None:
-    text = (ROOT / "docs" / "dataset-format.md").read_text()
+    text = (ROOT / "docs" / "dataset-format.md").read_text(encoding="utf-8")
     table = re.findall(r"^\| ((?:`[a-z_]+`(?:, )?)+) \|", text, re.M)
     shown = {code for row in table for code in re.findall(r"`([a-z_]+)`", row)}
-    source = "".join(path.read_text() for path in (ROOT / "src" / "scantly" / "data").glob("*.py"))
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "src" / "scantly" / "data").glob("*.py"))
     raised = r'(?:Finding\(\s*"(?:error|warning)",|Fault\(|yield \(?)\s*"([a-z_]+)",'
     assert shown == set(re.findall(raised, source)) | {"duplicate_image"}
 
 
 def test_commands_are_listed() -> None:
     group: Any = get_command(app)
-    listed = re.findall(r"^\| `scantly (\w+)` \|", (ROOT / "docs" / "index.md").read_text(), re.M)
+    listed = re.findall(r"^\| `scantly (\w+)` \|", (ROOT / "docs" / "index.md").read_text(encoding="utf-8"), re.M)
     assert listed == list(group.commands)
 
 
@@ -355,4 +355,4 @@ def test_the_tutorial_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
             assert not ended.value.code, line
     assert Path("predictions/subject018_uncertainty.nii.gz").is_file()
     assert Path("runs/mean-teacher/evaluation/val.csv").is_file()
-    assert "<html" in Path("report.html").read_text()
+    assert "<html" in Path("report.html").read_text(encoding="utf-8")

@@ -138,7 +138,7 @@ def test_workers_end_with_a_parent_that_is_killed(tmp_path: Path) -> None:
 def test_control_c_is_told_by_the_parent_alone(tmp_path: Path) -> None:
     process, pids = started(tmp_path)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the workers too
-    _, errors = process.communicate(timeout=30)
+    _, errors = process.communicate(timeout=120)
     assert errors.count("KeyboardInterrupt") == 1
     assert "Process" not in errors
     assert not any(alive(pid) for pid in pids)

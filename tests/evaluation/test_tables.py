@@ -96,7 +96,7 @@ def test_tables_are_read_back_bit_for_bit(tmp_path: Path) -> None:
     save_table(table, tmp_path / "evaluation" / "val.csv")
     back = load_table(tmp_path / "evaluation" / "val.csv")
     pd.testing.assert_frame_equal(back, table, check_exact=True)
-    lines = (tmp_path / "evaluation" / "val.csv").read_text().splitlines()
+    lines = (tmp_path / "evaluation" / "val.csv").read_text(encoding="utf-8").splitlines()
     assert lines[0].startswith("case,class,status,dice,jaccard,hd95_voxels,")
     assert len(lines) == 1 + 4
     assert [path.name for path in (tmp_path / "evaluation").iterdir()] == ["val.csv"]

@@ -2,16 +2,14 @@
 
 import pytest
 import torch
-from test_every_method import make_batch, run
+from test_every_method import STEPS, Training, make_batch
 from torch import nn
 
 from scantly.losses import cross_entropy, cross_entropy_dice
 from scantly.methods import catalogue
-from scantly.methods.base import Stage, Task
+from scantly.methods.base import Task
 from scantly.methods.parts.supervision import SupervisionConfig, outputs, supervised_loss
 from scantly.networks import VNet
-from scantly.training.config import TrainingSection
-from scantly.training.optimizers import TrainingHandles
 
 
 def logits_of(labels):
@@ -77,10 +75,11 @@ def test_coarser_heads_are_trained_and_the_prediction_is_at_full_resolution(name
     method_class = catalogue.load(name)
     task = Task(1, ("background", "box"), dims, (16,) * dims, "dynunet", arguments)
     method = method_class(task, method_class.Config()).train()
-    handles = TrainingHandles(method, Stage(), TrainingSection(lr=0.05), 30)
+    training, stage = Training(method, dims), method.stages()[0]
+    training.enter(stage)
     before = {key: p.clone() for key, p in method.named_parameters() if p.requires_grad}
     assert [key for key in before if "coarser_heads" in key]
-    sums = run(method, dims, "cpu", False, range(30), handles)
+    sums = training.run(stage, range(STEPS))
     after = dict(method.named_parameters())
     assert not [key for key, value in before.items() if torch.equal(value, after[key])]
     assert sum(sums[-5:]) < 0.7 * sum(sums[:5])

@@ -103,7 +103,7 @@ def test_page_is_self_contained(report: Path) -> None:
     ]
     assert len(references) > 10
     assert all(value.startswith(("#", "data:image/png;base64,")) for value in references)
-    styles = report.read_text()
+    styles = report.read_text(encoding="utf-8")
     assert "@import" not in styles
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", styles))
     policy = next(a["content"] for tag, a in page.tags if tag == "meta" and "http-equiv" in a)
@@ -171,7 +171,7 @@ def test_refusal_leaves_an_earlier_page_alone(make_run: MakeRun, tmp_path: Path)
     out.write_text("earlier")
     with pytest.raises(RunError, match="scantly evaluate"):
         compare([make_run("a", evaluate=False)], out)
-    assert out.read_text() == "earlier"
+    assert out.read_text(encoding="utf-8") == "earlier"
 
 
 def test_importing_the_report_costs_neither_torch_nor_matplotlib() -> None:

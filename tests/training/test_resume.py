@@ -249,7 +249,7 @@ class Rounds(Method):
             assert batch.extra is None
             return {"labeled": loss}
         assert batch.extra.shape == (1, *batch.labeled.shape[1:])
-        assert batch.extra_labels.unique().tolist() == [0, 1, 2, 3]
+        assert len(batch.extra_labels.unique()) >= 3
         assert len(batch.unlabeled) == 3
         assert (batch.pseudo_labels_raw[:, :2, :2] == 3).all()
         extra = torch.nn.functional.cross_entropy(self.network(batch.extra), batch.extra_labels)

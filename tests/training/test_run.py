@@ -44,7 +44,7 @@ def test_a_folder_with_something_else_in_it_is_refused_untouched(config, tmp_pat
     (out / "chapter1.txt").write_text("years of work")
     with pytest.raises(RunError, match="not empty"):
         train_config(config, out, quiet=True)
-    assert (out / "chapter1.txt").read_text() == "years of work"
+    assert (out / "chapter1.txt").read_text(encoding="utf-8") == "years of work"
 
 
 def test_a_folder_that_was_only_claimed_may_be_claimed_anew(config, cohort, tiny, tmp_path):
@@ -199,6 +199,10 @@ def test_the_log_is_cut_back_to_the_checkpoint_and_a_torn_last_line_dropped(tmp_
         log.write(iteration, "train", {"loss/a": 0.5})
     log.close()
     path = tmp_path / "metrics.csv"
-    path.write_text(path.read_text() + "4,tra")
+    path.write_text(path.read_text(encoding="utf-8") + "4,tra")
     RunLog(tmp_path, resume_at=2).close()
-    assert path.read_text().splitlines() == ["iteration,stage,name,value", "1,train,loss/a,0.5", "2,train,loss/a,0.5"]
+    assert path.read_text(encoding="utf-8").splitlines() == [
+        "iteration,stage,name,value",
+        "1,train,loss/a,0.5",
+        "2,train,loss/a,0.5",
+    ]
