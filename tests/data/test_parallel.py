@@ -82,9 +82,11 @@ def test_closing_ends_the_workers_and_begins_nothing_more(tmp_path: Path) -> Non
 
 
 SCRIPT = """
-import sys, time
+import signal, sys, time
 from pathlib import Path
 from scantly.data.parallel import in_order
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 
 def work(number):
     import os
