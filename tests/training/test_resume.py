@@ -16,6 +16,7 @@ import torch
 from lightning.fabric import Fabric
 
 from scantly import imaging
+from scantly.data.batches import BatchSource
 from scantly.data.dataset import Dataset
 from scantly.data.pseudo_labels import PseudoLabels
 from scantly.errors import DatasetError, DeviceError, RunError
@@ -402,7 +403,7 @@ def test_the_best_weights_keep_the_score_that_is_theirs(cohort, tiny, tmp_path):
 def test_damaged_data_end_the_run_with_what_was_trained_saved(cohort, tiny, tmp_path, monkeypatch):
     config = configuration(cohort, merge(tiny, {"training": {"checkpoint_every": 12}}), "supervised", 0, tmp_path / "s")
     whole = train_config(config, tmp_path / "whole", quiet=True)
-    original = engine.BatchSource.__getitem__
+    original = BatchSource.__getitem__
 
     def damaged(self: Any, iteration: int) -> Any:
         if iteration == 7:
@@ -410,7 +411,7 @@ def test_damaged_data_end_the_run_with_what_was_trained_saved(cohort, tiny, tmp_
         return original(self, iteration)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine.BatchSource, "__getitem__", damaged)
+        patch.setattr(BatchSource, "__getitem__", damaged)
         with pytest.raises(DatasetError, match="is damaged"):
             train_config(config, tmp_path / "run", quiet=True)
     assert load_checkpoint(tmp_path / "run" / "checkpoints" / "last.ckpt")["iteration"] == 7
@@ -423,9 +424,9 @@ def test_running_out_of_memory_on_the_cpu_is_told_with_the_cure(cohort, tiny, tm
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes.")
 
     config = configuration(cohort, tiny, "supervised", 0, tmp_path / "s")
-    for place in ("_batch", "_autocast"):
+    for owner, place in ((engine, "make_batch"), (engine.Engine, "_autocast")):
         with monkeypatch.context() as patch:
-            patch.setattr(engine.Engine, place, full)
+            patch.setattr(owner, place, full)
             with pytest.raises(DeviceError, match=r"too little memory for 2 \+ 0 rows .*--size"):
                 train_config(config, tmp_path / place, quiet=True)
 

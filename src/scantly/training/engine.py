@@ -14,7 +14,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
-from scantly.data.batches import BatchSource, RawBatch
+from scantly.data.batches import RawBatch
 from scantly.data.dataset import Dataset
 from scantly.data.loader import make_loader
 from scantly.data.pseudo_labels import PseudoLabels
@@ -22,9 +22,10 @@ from scantly.data.store import Store
 from scantly.errors import DeviceError, RunError, ScantlyError
 from scantly.inference.memory import is_out_of_memory
 from scantly.inference.model import save_model
-from scantly.methods.base import Batch, Method, Progress
+from scantly.methods.base import Method, Progress
 from scantly.training.checkpoint import capture_rng, load_checkpoint, restore_rng, save_checkpoint
 from scantly.training.config import RunConfig
+from scantly.training.feed import batch_source, make_batch
 from scantly.training.interruption import Interruption
 from scantly.training.logs import RunLog
 from scantly.training.optimizers import TrainingHandles
@@ -32,7 +33,6 @@ from scantly.training.progress import ProgressLine
 from scantly.training.run import Run
 from scantly.training.stages import StageSpan, pseudo_label_folder, relabel, stage_spans
 from scantly.training.validation import validate
-from scantly.views import weak
 
 __all__ = ["Engine", "RunInterruptedError"]
 
@@ -140,14 +140,8 @@ class Engine:
         if begins and span.start == span.schedule[0]:
             self.best = _Best()
         if begins and len(self.spans) > 1:
-            _LOGGER.info(
-                "stage '%s' (%d of %d), iterations %d to %d",
-                span.stage.name,
-                self.spans.index(span) + 1,
-                len(self.spans),
-                span.start + 1,
-                span.stop,
-            )
+            number, count = self.spans.index(span) + 1, len(self.spans)
+            _LOGGER.info("stage '%s' (%d of %d), to iteration %d", span.stage.name, number, count, span.stop)
         pseudo_labels = self._pseudo_labels(span, begins=begins)
         self.method.enter_stage(span.stage, first=begins)
         first, after = span.schedule
@@ -189,7 +183,12 @@ class Engine:
             run_total=self.config.training.steps,
         )
         try:
-            batch = self._batch(raw)
+            batch = make_batch(
+                raw,
+                self.config.data.augmentation,
+                self.method.generator,
+                channels_last=self.config.training.channels_last,
+            )
             with self._autocast():
                 terms = self.method.step(batch, progress, handles)
         except (RuntimeError, MemoryError) as error:
@@ -203,31 +202,6 @@ class Engine:
         self.method.after_step(progress)
         return terms
 
-    def _batch(self, raw: RawBatch) -> Batch:
-        """To the device, through the shared weak augmentation."""
-        device = self.fabric.device
-        labeled, unlabeled = (images.to(device, non_blocking=True) for images in (raw.labeled, raw.unlabeled))
-        labels = raw.labels.to(device, non_blocking=True)
-        pseudo = None if raw.pseudo_labels is None else raw.pseudo_labels.to(device, non_blocking=True)
-        settings, generator = self.config.data.augmentation, self.method.generator
-        seen = weak(settings, labeled, [labels], generator=generator)
-        maps = [] if pseudo is None else [pseudo]
-        unseen = weak(settings, unlabeled, maps, generator=generator) if len(unlabeled) else None
-        return Batch(
-            labeled=self._layout(seen.images),
-            labels=seen.maps[0].long(),
-            unlabeled=self._layout(unlabeled if unseen is None else unseen.images),
-            labeled_raw=labeled,
-            labels_raw=labels.long(),
-            unlabeled_raw=unlabeled,
-            labeled_cases=raw.labeled_cases,
-            unlabeled_cases=raw.unlabeled_cases,
-            pseudo_labels=unseen.maps[0].long() if unseen is not None and maps else None,
-            pseudo_labels_raw=None if pseudo is None else pseudo.long(),
-            extra=None if raw.extra is None else self._layout(raw.extra.to(device, non_blocking=True)),
-            extra_labels=None if raw.extra_labels is None else raw.extra_labels.to(device, non_blocking=True).long(),
-        )
-
     def _autocast(self) -> torch.autocast:
         """Mixed precision for forward passes.
 
@@ -237,27 +211,12 @@ class Engine:
         bf16 = self.config.training.precision == "bf16"
         return torch.autocast(self.fabric.device.type, dtype=torch.bfloat16, enabled=bf16, cache_enabled=False)
 
-    def _layout(self, images: Tensor) -> Tensor:
-        if self.config.training.channels_last and images.ndim == 4:
-            return images.contiguous(memory_format=torch.channels_last)
-        return images
-
     def _loader(self, span: StageSpan, pseudo_labels: PseudoLabels | None) -> Iterator[RawBatch]:
-        stage, plan = span.stage, self.config.plan
-        unlabeled_rows = stage.unlabeled.count
-        if unlabeled_rows is None:
-            unlabeled_rows = plan.unlabeled_batch_size if self.split.unlabeled else 0
-        source = BatchSource(
+        source = batch_source(
             self.store,
-            self.split.labeled,
-            self.split.unlabeled if unlabeled_rows else (),
-            plan,
-            labeled_batch_size=plan.labeled_batch_size if stage.labeled.count is None else stage.labeled.count,
-            unlabeled_batch_size=unlabeled_rows,
-            extra_batch_size=stage.extra.count or 0,
-            labeled_classes=stage.labeled.classes,
-            unlabeled_classes=stage.unlabeled.classes,
-            extra_classes=stage.extra.classes,
+            self.split,
+            self.config.plan,
+            span.stage,
             seed=self.config.training.seed,
             rank=self.fabric.global_rank,
             world_size=self.fabric.world_size,

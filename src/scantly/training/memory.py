@@ -14,6 +14,7 @@ from scantly.methods import catalogue
 from scantly.methods.base import Stage
 from scantly.networks import side_factors
 from scantly.training.config import RunConfig
+from scantly.training.feed import stage_rows
 
 __all__ = ["check_memory", "step_bytes"]
 
@@ -53,14 +54,9 @@ def check_memory(config: RunConfig, device: torch.device, stages: Sequence[Stage
 
 def _rows(config: RunConfig, stages: Sequence[Stage]) -> list[int]:
     """Labeled, unlabeled and extra rows of the largest step, without those that are not loaded."""
-    plan = config.plan
     pool = catalogue.load(config.method_name).uses_unlabeled and bool(config.split["unlabeled"])
-    planned = plan.labeled_batch_size, plan.unlabeled_batch_size if pool else 0, 0
-    counts = [
-        [default if rows.count is None else rows.count for rows, default in zip(streams, planned, strict=True)]
-        for streams in ((stage.labeled, stage.unlabeled, stage.extra) for stage in stages)
-    ]
-    return [count for count in max(counts, key=sum) if count]
+    largest = max((stage_rows(stage, config.plan, pool=pool) for stage in stages), key=sum)
+    return [count for count in largest if count]
 
 
 def _smaller(config: RunConfig, share: float) -> list[int]:

@@ -49,8 +49,7 @@ class ClassQueues(nn.Module):
         """Append to several classes, equally many to each, ``(len(labels) * n, width)``, class by class."""
         for label, embedded in zip(labels, rows.chunk(len(labels)), strict=True):
             bank, new = self[label], embedded[-self.capacity :].float()
-            slots = (bank.pointer + torch.arange(len(new), device=new.device)) % self.capacity
-            old, came = bank.values[slots].double(), new.double()
+            old, came = bank.values[bank.next_slots(len(new))].double(), new.double()
             self.sums[label] += came.sum(0) - old.sum(0)
             with torch.autocast(new.device.type, enabled=False):
                 self.moments[label] += came.T @ came - old.T @ old

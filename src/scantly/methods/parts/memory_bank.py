@@ -50,9 +50,9 @@ class MemoryBank(nn.Module):
         if not len(rows):
             return
         if keep is None:
-            first = max(len(rows) - self.capacity, 0)
-            slots = (self.pointer + torch.arange(first, len(rows), device=rows.device)) % self.capacity
-            self.values.index_copy_(0, slots, rows[first:].to(self.values.dtype))
+            kept = rows[-self.capacity :]
+            slots = self.next_slots(len(kept), skipped=len(rows) - len(kept))
+            self.values.index_copy_(0, slots, kept.to(self.values.dtype))
             self._advance(torch.full_like(self.pointer, len(rows)))
             return
         place = keep.cumsum(0) - 1
@@ -65,6 +65,10 @@ class MemoryBank(nn.Module):
         written = (source >= 0).view(-1, *[1] * (rows.ndim - 1))
         self.values.copy_(torch.where(written, rows.to(self.values.dtype)[source.clamp(min=0)], self.values))
         self._advance(count)
+
+    def next_slots(self, count: int, *, skipped: int = 0) -> Tensor:
+        """Where the next rows go, ``(count,)`` int64, after some that are not stored."""
+        return (self.pointer + skipped + torch.arange(count, device=self.pointer.device)) % self.capacity
 
     def _advance(self, count: Tensor) -> None:
         self.pointer.copy_((self.pointer + count) % self.capacity)
