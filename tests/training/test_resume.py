@@ -420,7 +420,7 @@ def test_damaged_data_end_the_run_with_what_was_trained_saved(cohort, tiny, tmp_
 
 
 def test_running_out_of_memory_on_the_cpu_is_told_with_the_cure(cohort, tiny, tmp_path, monkeypatch):
-    def full(*_: Any) -> Any:
+    def full(*_: Any, **__: Any) -> Any:
         raise RuntimeError("[enforce fail at alloc_cpu.cpp] DefaultCPUAllocator: can't allocate memory: 9 bytes.")
 
     config = configuration(cohort, tiny, "supervised", 0, tmp_path / "s")
