@@ -4,12 +4,14 @@ from scantly.losses.consistency import (
     IGNORED,
     confident_cross_entropy,
     entropy,
+    masked_cross_entropy,
     masked_divergence,
     masked_quantiles,
 )
 from scantly.losses.contrastive import (
     cosine_similarities,
     info_nce,
+    label_propagation,
     nearest_neighbor_loss,
     sampled_similarities,
     similarity_divergence,
@@ -31,6 +33,8 @@ __all__ = [
     "cross_entropy_dice",
     "entropy",
     "info_nce",
+    "label_propagation",
+    "masked_cross_entropy",
     "masked_divergence",
     "masked_quantiles",
     "nearest_neighbor_loss",

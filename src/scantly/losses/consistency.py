@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["IGNORED", "confident_cross_entropy", "entropy", "masked_divergence", "masked_quantiles"]
+__all__ = [
+    "IGNORED",
+    "confident_cross_entropy",
+    "entropy",
+    "masked_cross_entropy",
+    "masked_divergence",
+    "masked_quantiles",
+]
 
 #: Label of voxels that count nowhere.
 IGNORED = -1
@@ -41,6 +50,36 @@ def confident_cross_entropy(
     per_voxel = F.cross_entropy(logits.float(), pseudo_labels, ignore_index=IGNORED, reduction="none").flatten(1)
     total = (weights * per_voxel.sum(1)).sum()
     return total / (per_voxel.detach() > 0).sum().clamp(min=1), weights
+
+
+def masked_cross_entropy(
+    logits: Tensor, targets: Tensor, mask: Tensor, *, normalize: Literal["all", "masked"] = "all"
+) -> Tensor:
+    """Cross-entropy with pseudo-labels over trusted voxels alone.
+
+    ``sum_v m_v CE_v / Z``; Sohn et al., "FixMatch: Simplifying Semi-Supervised Learning with Consistency and
+    Confidence", NeurIPS 2020, equation 4, voxel by voxel.
+
+    Args:
+        logits: ``(B, C, *spatial)``.
+        targets: Pseudo-labels ``(B, *spatial)``, integers in ``[0, C)``, or probabilities ``(B, C, *spatial)``.
+        mask: Which voxels are trusted, ``(B, *spatial)``, bool.
+        normalize: ``all``: Z is the number of voxels (FixMatch); ``masked``: of the trusted ones.
+
+    Returns:
+        Scalar; 0, and no gradient, where no voxel is trusted. Float32 (float64 logits: float64).
+
+    Example:
+        >>> logits = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 0.0, 3.0]]])
+        >>> mask = torch.tensor([[True, False, True]])
+        >>> masked_cross_entropy(logits, torch.tensor([[0, 0, 1]]), mask)
+        tensor(0.0585)
+    """
+    logits = logits if logits.dtype == torch.float64 else logits.float()
+    targets = targets.to(logits.dtype) if targets.is_floating_point() else targets
+    per_voxel = F.cross_entropy(logits, targets, reduction="none")
+    total = (per_voxel * mask).sum()
+    return total / (per_voxel.numel() if normalize == "all" else mask.sum() + 1e-12)
 
 
 def masked_divergence(logits: Tensor, target_logits: Tensor, mask: Tensor) -> Tensor:

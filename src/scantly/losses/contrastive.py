@@ -6,7 +6,7 @@ Similarities are cosines, norms floored at 1e-8; all is computed in float32, aut
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,6 +15,7 @@ from torch import Tensor
 __all__ = [
     "cosine_similarities",
     "info_nce",
+    "label_propagation",
     "nearest_neighbor_loss",
     "sampled_similarities",
     "similarity_divergence",
@@ -173,3 +174,54 @@ def nearest_neighbor_loss(student: Tensor, teacher: Tensor, pool: Tensor, *, nei
     """
     nearest = cosine_similarities(teacher.detach(), pool).topk(neighbors, dim=1).indices
     return (2 - 2 * cosine_similarities(student, pool).gather(1, nearest)).mean()
+
+
+def label_propagation(
+    anchors: Tensor,
+    candidates: Tensor,
+    used: Tensor,
+    *,
+    positives: int,
+    negatives: int,
+    temperature: float,
+    level: Literal["class", "anchor"] = "class",
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Pull the unlabeled voxels most similar to a class's labeled ones to them, push the least similar ones away.
+
+    Inter-sample contrast of X. Guo et al., "Diff-CL: A Novel Cross Pseudo-Supervision Method for Semi-supervised
+    Medical Image Segmentation", arXiv 2503.09408, 2025. That pairs are chosen by cosine distance to features of
+    labeled voxels, class by class, is from the paper; the form, InfoNCE of every positive against all negatives, is
+    our choice:
+
+        mean over classes, anchors a, positives p of -log(e^(a p / t) / (e^(a p / t) + sum_n e^(a n / t)))
+
+    Args:
+        anchors: Unit features of labeled voxels, ``(G, n_a, D)``, no gradient.
+        candidates: Unit features of unlabeled voxels, ``(n_b, D)``.
+        used: Which classes count, ``(G,)`` bool.
+        positives: The so many most similar candidates; with ``negatives`` at most n_b.
+        negatives: The so many least similar ones.
+        temperature: ``t``, above 0.
+        level: ``class``: candidates are ranked by the mean similarity to the class's anchors; ``anchor``: by each
+            anchor on its own. The ranking takes no gradient.
+
+    Returns:
+        The loss, a scalar, 0 where no class counts; and, for the log, the mean similarity of anchors with positives
+        and with negatives over the classes that count, without gradient.
+
+    Example:
+        >>> labeled = torch.tensor([[[1.0, 0.0], [0.8, 0.6]]])
+        >>> voxels = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]])
+        >>> label_propagation(labeled, voxels, torch.tensor([True]), positives=1, negatives=2, temperature=0.1)[0]
+        tensor(0.0635)
+    """
+    similarities = cosine_similarities(anchors, candidates)
+    order = similarities.detach().mean(1, keepdim=True) if level == "class" else similarities.detach()
+    nearest, farthest = order.topk(positives, dim=2).indices, order.topk(negatives, dim=2, largest=False).indices
+    near, far = (similarities.gather(2, index.expand(-1, similarities.shape[1], -1)) for index in (nearest, farthest))
+    against = (far / temperature).logsumexp(2, keepdim=True)
+    per_class = F.softplus(against - near / temperature).mean((1, 2))
+    shares = used / used.sum().clamp(min=1)
+    with torch.no_grad():
+        watched = [(values.mean((1, 2)) * shares).sum() for values in (near, far)]
+    return (per_class * shares).sum(), watched[0], watched[1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -21,7 +22,14 @@ def cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(logits.float(), labels)
 
 
-def soft_dice(probs: Tensor, labels: Tensor, *, smooth: float = 1e-5, include_background: bool = True) -> Tensor:
+def soft_dice(
+    probs: Tensor,
+    labels: Tensor,
+    *,
+    smooth: float = 1e-5,
+    include_background: bool = True,
+    mask: Tensor | None = None,
+) -> Tensor:
     """Soft Dice loss with squared denominators, sums over the whole batch (Milletari et al., 3DV 2016).
 
     Per class ``1 - (2 sum(p y) + s) / (sum(p^2) + sum(y^2) + s)``, then the mean over classes. The sums run
@@ -30,9 +38,11 @@ def soft_dice(probs: Tensor, labels: Tensor, *, smooth: float = 1e-5, include_ba
 
     Args:
         probs: Softmax probabilities, ``(B, C, *spatial)``.
-        labels: ``(B, *spatial)``, integers in ``[0, C)``.
+        labels: ``(B, *spatial)``, integers in ``[0, C)``; or soft targets in [0, 1], ``(B, C, *spatial)``.
         smooth: ``s``; makes a class that is absent and not predicted cost 0.
         include_background: Count class 0.
+        mask: Voxels that count, ``(B, *spatial)``, bool or weights from 0 on, by which each product in the sums is
+            multiplied; ``None``: all. An empty mask gives 0, and no gradient.
 
     Returns:
         Scalar in [0, 1].
@@ -44,11 +54,14 @@ def soft_dice(probs: Tensor, labels: Tensor, *, smooth: float = 1e-5, include_ba
         >>> round(soft_dice(probs, labels, include_background=False).item(), 5)
         0.11111
     """
-    probs = probs.float()
-    target = F.one_hot(labels, probs.shape[1]).movedim(-1, 1).to(probs.dtype)
+    probs = probs if probs.dtype == torch.float64 else probs.float()
+    hard = labels.ndim < probs.ndim
+    target = (F.one_hot(labels, probs.shape[1]).movedim(-1, 1) if hard else labels).to(probs.dtype)
     axes = [0, *range(2, probs.ndim)]
-    intersection = (probs * target).sum(axes)
-    total = (probs * probs).sum(axes) + target.sum(axes)  # y^2 = y
+    # The mask goes with one factor of each product; y^2 = y for hard labels.
+    shown, marked = (probs, target) if mask is None else (probs * mask[:, None], target * mask[:, None])
+    intersection = (shown * target).sum(axes)
+    total = (shown * probs).sum(axes) + (marked if hard else marked * target).sum(axes)
     dice = 1 - (2 * intersection + smooth) / (total + smooth)
     return dice.mean() if include_background else dice[1:].mean()
 

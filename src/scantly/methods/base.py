@@ -62,13 +62,16 @@ class Task:
             arguments=self.network_arguments,
         )
 
-    def encoder_decoder(self) -> networks.EncoderDecoder:
+    def encoder_decoder(self, *, in_channels: int | None = None) -> networks.EncoderDecoder:
         """:meth:`network` for methods that use features, not logits alone.
+
+        Args:
+            in_channels: Channels of its input; ``None``: of the images.
 
         Raises:
             ConfigError: if the backbone gives logits only, as MONAI's do.
         """
-        network = self.network()
+        network = self.network(in_channels=in_channels)
         if not isinstance(network, networks.EncoderDecoder):
             raise ConfigError(
                 f"network {self.network_name} gives logits only, and this method needs its features; choose "
@@ -221,6 +224,7 @@ class OptimizerSpec:
         power: Exponent of the poly schedule.
         end_lr: Learning rate that the poly schedule falls to.
         gradient_clip: Largest norm of this optimizer's gradients.
+        undecayed: Those of the parameters that ``weight_decay`` leaves alone.
     """
 
     parameters: Iterable[nn.Parameter] | None = None
@@ -234,6 +238,7 @@ class OptimizerSpec:
     power: float | None = None
     end_lr: float = 0.0
     gradient_clip: float | None = None
+    undecayed: Iterable[nn.Parameter] = ()
 
 
 class Handles(Protocol):

@@ -72,6 +72,20 @@ CATALOGUE = (
         "Chaitanya et al., Medical Image Analysis 2023",
         "contrast voxels with class means of pseudo-labels, relabel the pool between rounds",
     ),
+    Entry(
+        "gapmatch",
+        "scantly.methods.gapmatch:GapMatch",
+        "GapMatch",
+        "Huang et al., AAAI 2025",
+        "weak-to-strong consistency, and the same again at weights perturbed along its gradient",
+    ),
+    Entry(
+        "diffcl",
+        "scantly.methods.diffcl:DiffCL",
+        "Diff-CL",
+        "Guo et al., arXiv 2025",
+        "a convolutional and a diffusion network supervise each other; contrast with stored labeled voxels",
+    ),
 )
 
 

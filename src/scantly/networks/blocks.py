@@ -13,6 +13,7 @@ __all__ = [
     "BATCH_NORM",
     "CONV",
     "DROP_CHANNELS",
+    "INSTANCE_NORM",
     "LINEAR",
     "POOL",
     "AddingUp",
@@ -28,7 +29,7 @@ POOL: dict[int, type[nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
 DROP_CHANNELS: dict[int, type[nn.Module]] = {2: nn.Dropout2d, 3: nn.Dropout3d}
 _TRANSPOSED: dict[int, type[nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 BATCH_NORM: dict[int, type[nn.Module]] = {0: nn.BatchNorm1d, 2: nn.BatchNorm2d, 3: nn.BatchNorm3d}
-_INSTANCE_NORM: dict[int, type[nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
+INSTANCE_NORM: dict[int, type[nn.Module]] = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 #: Name of linear interpolation along all axes.
 LINEAR = {2: "bilinear", 3: "trilinear"}
 _NORMS = ("batch", "instance", "group", "none")
@@ -42,7 +43,7 @@ def _norm(name: str, spatial_dims: int, channels: int) -> list[nn.Module]:
     if name == "batch":
         return [BATCH_NORM[spatial_dims](channels)]
     if name == "instance":
-        return [_INSTANCE_NORM[spatial_dims](channels)]
+        return [INSTANCE_NORM[spatial_dims](channels)]
     if name == "group":
         return [nn.GroupNorm(min(_GROUPS, channels), channels)]
     if name == "none":

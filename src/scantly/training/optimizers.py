@@ -125,6 +125,10 @@ def _build(
     spec: OptimizerSpec, parameters: list[nn.Parameter], settings: TrainingSection, lr: float
 ) -> torch.optim.Optimizer:
     weight_decay = settings.weight_decay if spec.weight_decay is None else spec.weight_decay
+    spared = {id(p) for p in spec.undecayed}
+    groups: list[dict[str, Any]] = [{"params": [p for p in parameters if id(p) not in spared]}]
+    if spared:
+        groups.append({"params": [p for p in parameters if id(p) in spared], "weight_decay": 0.0})
     name = spec.name or settings.optimizer
     if name == "sgd":
         momentum = settings.momentum if spec.momentum is None else spec.momentum
@@ -134,7 +138,7 @@ def _build(
                 "method.nesterov=false."
             )
         return torch.optim.SGD(
-            parameters,
+            groups,
             lr=lr,
             momentum=momentum,
             weight_decay=weight_decay,
@@ -142,4 +146,4 @@ def _build(
             foreach=True,
         )
     kind = torch.optim.Adam if name == "adam" else torch.optim.AdamW
-    return kind(parameters, lr=lr, betas=spec.betas, weight_decay=weight_decay, foreach=True)
+    return kind(groups, lr=lr, betas=spec.betas, weight_decay=weight_decay, foreach=True)

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import nn
 
 from scantly.data.plan import Plan
 from scantly.data.prepare import restore_label
@@ -20,8 +19,9 @@ from scantly.imaging import write_label
 from scantly.inference.settings import DEFAULT_INFERENCE, InferenceSettings
 from scantly.inference.windows import predict_array
 from scantly.methods.base import Method, Stage
+from scantly.methods.parts.modes import evaluation_mode
 
-__all__ = ["StageSpan", "evaluation_mode", "pseudo_label_folder", "relabel", "stage_spans"]
+__all__ = ["StageSpan", "pseudo_label_folder", "relabel", "stage_spans"]
 
 _WHOLE = (slice(None), slice(None), slice(None))
 
@@ -86,21 +86,6 @@ def pseudo_label_folder(run: Path, spans: Sequence[StageSpan], index: int) -> tu
     if not writers:
         return None
     return run / "pseudo_labels" / f"{writers[-1]}-{spans[writers[-1]].stage.name}", writers[-1]
-
-
-class evaluation_mode:  # noqa: N801 - a context manager, used like a function
-    """Put a network into evaluation mode for a block; afterwards every module is as it was."""
-
-    def __init__(self, network: nn.Module) -> None:
-        self._modes = [(module, module.training) for module in network.modules()]
-        self._network = network
-
-    def __enter__(self) -> None:
-        self._network.eval()
-
-    def __exit__(self, *_: object) -> None:
-        for module, training in self._modes:
-            module.training = training
 
 
 def relabel(

@@ -17,7 +17,7 @@ from scantly.evaluation import dice_per_class
 from scantly.inference.original import label_on_original_grid
 from scantly.inference.settings import DEFAULT_INFERENCE, InferenceSettings
 from scantly.inference.windows import predict_array
-from scantly.training.stages import evaluation_mode
+from scantly.methods.parts.modes import evaluation_mode
 
 __all__ = ["validate"]
 

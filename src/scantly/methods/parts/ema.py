@@ -8,6 +8,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from scantly.methods.parts.modes import evaluation_mode
+
 __all__ = ["Buffers", "copy_buffers", "ema_decay", "gather_statistics", "make_teacher", "update_teacher"]
 
 Buffers = Literal["predicting", "student", "own"]
@@ -44,16 +46,13 @@ def gather_statistics(teacher: nn.Module, images: Tensor, passes: int) -> None:
     norms = _batch_norms(teacher)
     if not norms:
         return
-    modes = [(module, module.training) for module in teacher.modules()]
-    teacher.eval()
-    for norm in norms:
-        norm.train()
-        norm.momentum = max(_LEAST_MOMENTUM, 1 / (passes + 1))
-    teacher(images)
-    for norm in norms:
-        norm.momentum = 0.0
-    for module, training in modes:
-        module.training = training
+    with evaluation_mode(teacher):
+        for norm in norms:
+            norm.train()
+            norm.momentum = max(_LEAST_MOMENTUM, 1 / (passes + 1))
+        teacher(images)
+        for norm in norms:
+            norm.momentum = 0.0
 
 
 def _batch_norms(network: nn.Module) -> list[nn.modules.batchnorm._BatchNorm]:

@@ -34,6 +34,7 @@ __all__ = [
     "Ordering",
     "SamplerKind",
     "candidates",
+    "draw_distinct",
     "draw_positions",
     "draw_ranks",
     "grid_order",
@@ -229,3 +230,25 @@ def sample(
     """
     found = candidates(masks, order)
     return found.pick(draw_ranks(kind, found.counts, draws, groups, generator, permute=permute)), found.counts
+
+
+def draw_distinct(masks: Tensor, draws: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """Draw uniformly without replacement from several sets, independently.
+
+    Args:
+        masks: Candidates of each set, ``(S, N)`` bool.
+        draws: Draws n per set, at most N.
+        generator: Source of the draws, on the device of ``masks``; S N numbers are drawn.
+
+    Returns:
+        Indices ``(S, n)`` int64 in [0, N), and which of them are candidates, ``(S, n)`` bool: a set with fewer than n
+        candidates gives all of them first, then others.
+
+    Example:
+        >>> index, drawn = draw_distinct(torch.tensor([[True, False, True]]), 3, torch.Generator().manual_seed(0))
+        >>> sorted(index[drawn].tolist()), drawn.tolist()
+        ([0, 2], [[True, True, False]])
+    """
+    keys = torch.rand(masks.shape, generator=generator, device=masks.device)
+    largest = torch.where(masks, keys, -1.0).topk(draws, dim=1)
+    return largest.indices, largest.values >= 0
