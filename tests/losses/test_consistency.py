@@ -12,6 +12,7 @@ from scantly.losses import (
     confident_cross_entropy,
     cross_entropy,
     entropy,
+    masked_cross_entropy,
     masked_divergence,
     masked_quantiles,
     soft_dice,
@@ -156,3 +157,65 @@ def test_quantiles_under_a_mask_are_those_of_numpy(values, share, seed):
 def test_quantiles_under_an_empty_mask_are_infinite():
     for length in (1, 4):
         assert masked_quantiles(torch.rand(length), torch.zeros(length, dtype=torch.bool), (0.0, 0.3)).isinf().all()
+
+
+# Three voxels of the specification of GapMatch: confidences 0.97, 0.80, 0.99 with threshold 0.95.
+STRONG_LOGITS = torch.tensor([[[2.0, 0.0, 0.0], [0.0, 0.0, 3.0]]])
+TRUSTED = torch.tensor([[0.97, 0.80, 0.99]]) >= 0.95
+PSEUDO = torch.tensor([[0, 0, 1]])
+
+
+@pytest.mark.parametrize(("normalize", "expected"), [("all", 0.058505), ("masked", 0.087758)])
+def test_worked_numbers_of_the_masked_cross_entropy(normalize, expected):
+    assert TRUSTED.tolist() == [[True, False, True]]
+    loss = masked_cross_entropy(STRONG_LOGITS, PSEUDO, TRUSTED, normalize=normalize)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    one_hot = F.one_hot(PSEUDO, 2).movedim(-1, 1).float()
+    soft = masked_cross_entropy(STRONG_LOGITS, one_hot, TRUSTED, normalize=normalize)
+    assert soft.item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_masked_cross_entropy_with_a_full_mask_is_cross_entropy():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.randn(2, 3, 4, 5, 6, generator=generator)
+    labels = torch.randint(3, (2, 4, 5, 6), generator=generator)
+    full = torch.ones_like(labels, dtype=torch.bool)
+    for normalize in ("all", "masked"):
+        torch.testing.assert_close(
+            masked_cross_entropy(logits, labels, full, normalize=normalize), cross_entropy(logits, labels)
+        )
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("normalize", ["all", "masked"])
+def test_masked_cross_entropy_over_an_empty_mask_is_zero_and_gives_no_gradient(normalize, soft):
+    logits = STRONG_LOGITS.clone().requires_grad_()
+    targets = torch.full((1, 2, 3), 0.5) if soft else PSEUDO
+    loss = masked_cross_entropy(logits, targets, torch.zeros_like(TRUSTED), normalize=normalize)
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(logits.grad, torch.zeros_like(logits))
+
+
+def test_voxels_outside_the_mask_get_no_gradient_and_soft_targets_are_weighed():
+    logits = torch.tensor([[[1.0, 0.0, -1.0], [0.0, 2.0, 0.0]]], requires_grad=True)
+    targets = torch.tensor([[[0.25, 0.5, 0.9], [0.75, 0.5, 0.1]]])
+    mask = torch.tensor([[True, True, False]])
+    loss = masked_cross_entropy(logits, targets, mask)
+    voxels = [0.25 * math.log1p(math.exp(-1)) + 0.75 * math.log1p(math.exp(1)), 0.5 * (math.log1p(math.exp(2)) + math.log1p(math.exp(-2)))]
+    assert loss.item() == pytest.approx(sum(voxels) / 3, abs=1e-6)
+    loss.backward()
+    assert torch.equal(logits.grad[..., 2], torch.zeros(1, 2))
+    assert (logits.grad[..., 0] != 0).all()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [(torch.float64, torch.float64), (torch.float32, torch.float32), (torch.bfloat16, torch.float32)],
+)
+@pytest.mark.parametrize("soft", [False, True])
+def test_the_precision_of_the_masked_cross_entropy(dtype, expected, soft):
+    targets = F.one_hot(PSEUDO, 2).movedim(-1, 1).float() if soft else PSEUDO
+    loss = masked_cross_entropy(STRONG_LOGITS.to(dtype), targets, TRUSTED)
+    assert loss.dtype == expected
+    assert loss.item() == pytest.approx(0.058505, abs=1e-6)

@@ -120,3 +120,73 @@ def test_weighted_cross_entropy_is_the_mean_over_voxels():
     expected = -(weights.view(1, 3, 1, 1) * target * logits.log_softmax(1)).sum(1).mean()
     torch.testing.assert_close(weighted_cross_entropy(logits, target, weights), expected)
     assert weighted_cross_entropy(logits.bfloat16(), target, weights).dtype == torch.float32
+
+
+def rows(shape=(3, 4, 5), classes=3, seed=0):
+    """Random probabilities, labels and a mask that keeps about half."""
+    generator = torch.Generator().manual_seed(seed)
+    probs = (2 * torch.randn(shape[0], classes, *shape[1:], generator=generator)).softmax(1)
+    return probs, torch.randint(classes, shape, generator=generator), torch.rand(shape, generator=generator) < 0.5
+
+
+@pytest.mark.parametrize("soft", [False, True])
+@pytest.mark.parametrize("shape", [(3, 4, 5), (2, 3, 4, 5)])
+def test_a_mask_drops_voxels(shape, soft):
+    probs, labels, mask = rows(shape)
+    target = rows(shape, seed=1)[0] if soft else labels
+
+    def kept(x):
+        return x.movedim(1, -1)[mask].T[None] if x.ndim > mask.ndim else x[mask][None]
+
+    for background in (True, False):
+        ours = soft_dice(probs, target, mask=mask, include_background=background)
+        torch.testing.assert_close(ours, soft_dice(kept(probs), kept(target), include_background=background))
+    assert not torch.isclose(ours, soft_dice(probs, target, include_background=False))
+    torch.testing.assert_close(soft_dice(probs, target, mask=torch.ones_like(mask)), soft_dice(probs, target))
+
+
+def test_masked_voxels_get_no_gradient():
+    probs, labels, mask = rows()
+    probs.requires_grad_()
+    soft_dice(probs, labels, mask=mask).backward()
+    outside = ~mask[:, None].expand_as(probs)
+    assert torch.equal(probs.grad[outside], torch.zeros(int(outside.sum())))
+    assert (probs.grad[~outside] != 0).any()
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_an_empty_mask_costs_nothing_and_gives_no_gradient(soft):
+    probs, labels, mask = rows()
+    target = probs.clone() if soft else labels
+    probs.requires_grad_()
+    loss = soft_dice(probs, target, mask=torch.zeros_like(mask))
+    loss.backward()
+    assert loss.item() == 0
+    assert torch.equal(probs.grad, torch.zeros_like(probs))
+
+
+def test_a_mask_of_weights_weighs_each_product():
+    """p = (0.8, 0.4), y = (1, 0.5), m = (1, 0.5): 2 (0.8 + 0.1) over 0.64 + 0.08 + 1 + 0.125."""
+    probs, target = torch.tensor([[[0.8, 0.4]]]), torch.tensor([[[1.0, 0.5]]])
+    loss = soft_dice(probs, target, mask=torch.tensor([[1.0, 0.5]]))
+    assert loss.item() == pytest.approx(1 - 1.80001 / 1.84501, abs=1e-6)
+
+
+def test_soft_targets_by_hand():
+    """Class 0: p = (0.9, 0.3), y = (0.8, 0.5): 2 (0.72 + 0.15) over 0.81 + 0.09 + 0.64 + 0.25; class 1 the rest."""
+    first, target = torch.tensor([0.9, 0.3]), torch.tensor([0.8, 0.5])
+    loss = soft_dice(torch.stack([first, 1 - first])[None], torch.stack([target, 1 - target])[None])
+    expected = 1 - (1.74001 / 1.79001 + 0.74001 / 0.79001) / 2
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    probs, labels, _ = rows()
+    torch.testing.assert_close(soft_dice(probs, F.one_hot(labels, 3).movedim(-1, 1)), soft_dice(probs, labels))
+
+
+@pytest.mark.parametrize("soft", [False, True])
+def test_soft_dice_keeps_double_precision_and_no_other(soft):
+    probs, labels, mask = rows()
+    target = rows(seed=1)[0] if soft else labels
+    assert soft_dice(probs.double(), target, mask=mask).dtype == torch.float64
+    assert soft_dice(probs.bfloat16(), target, mask=mask).dtype == torch.float32
+    double = soft_dice(probs.double(), target.double() if soft else target, mask=mask)
+    assert soft_dice(probs, target, mask=mask).item() == pytest.approx(double.item(), abs=1e-6)

@@ -226,7 +226,7 @@ class DiffCL(Method):
         }
         if self.contrast is not None:
             if progress.iteration >= config.contrast_start * progress.total:
-                contrast, watched = self.contrast(features[labeled:], cs_labels, self.generator)
+                contrast, watched = self.contrast.loss(features[labeled:], cs_labels, self.generator)
                 terms["contrast"] = config.mu2 * ramp * config.eta * contrast
                 for name, value in watched.items():
                     self.log(name, value)

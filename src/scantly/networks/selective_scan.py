@@ -152,7 +152,7 @@ class _Scan(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, borders = ctx.saved_tensors
         # Autocast is as it was where backward() was called, not as in the forward pass.
@@ -186,7 +186,7 @@ class _Chunk:
         values = values[:, self.span]
         missing = self.m * self.K - self.tokens
         values = functional.pad(values, (0, 0, 0, missing)) if missing else values
-        return values.unflatten(1, (self.m, self.K))
+        return values.reshape(len(values), self.m, self.K, values.shape[2])
 
     def write(self, values: Tensor, result: Tensor) -> None:
         """Put ``(B, m, K, c)`` into its place in ``(B, L, c)``."""
@@ -287,7 +287,7 @@ def _buffers(count: int, inputs: _Inputs, chunk: int) -> list[Tensor]:
     return [inputs.u.new_empty(tokens * inputs.u.shape[0] * inputs.A.numel()) for _ in range(count)]
 
 
-def _forward(inputs: _Inputs, chunk: int, *, keep: bool) -> tuple[Tensor, Tensor | None]:
+def _forward(inputs: _Inputs, chunk: int, *, keep: bool) -> tuple[Tensor, Tensor]:
     """y, and if ``keep`` the state before each chunk, ``(chunks, B, N, d)``."""
     u, D = inputs.u, inputs.D
     A_t = inputs.A.T.contiguous()
@@ -295,9 +295,9 @@ def _forward(inputs: _Inputs, chunk: int, *, keep: bool) -> tuple[Tensor, Tensor
     buffers = _buffers(2, inputs, chunk)
     state = u.new_zeros(u.shape[0], *A_t.shape)
     starts = range(0, u.shape[1], chunk)
-    borders = u.new_empty(len(starts), *state.shape) if keep else None
+    borders = u.new_empty(len(starts) if keep else 0, *state.shape)
     for index, start in enumerate(starts):
-        if borders is not None:
+        if keep:
             borders[index] = state
         part = _Chunk(inputs, A_t, slice(start, start + chunk), buffers)
         state = part.run(state).clone()
@@ -306,7 +306,7 @@ def _forward(inputs: _Inputs, chunk: int, *, keep: bool) -> tuple[Tensor, Tensor
     return y, borders
 
 
-def _backward(inputs: _Inputs, dy: Tensor, borders: Tensor | None, chunk: int, needed: _Inputs) -> _Inputs:
+def _backward(inputs: _Inputs, dy: Tensor, borders: Tensor, chunk: int, needed: _Inputs) -> _Inputs:
     """The needed gradients: the chunks in reverse, each computed again from its border."""
     u, D = inputs.u, inputs.D
     du, ddelta, _, dB, dC, _ = (
@@ -316,12 +316,12 @@ def _backward(inputs: _Inputs, dy: Tensor, borders: Tensor | None, chunk: int, n
     A_t = inputs.A.T.contiguous()
     dA, dD = torch.zeros_like(A_t), None if D is None else torch.zeros_like(D)
     if dD is not None and needed.D:
-        for ours, theirs in zip(u.split(chunk, 1), dy.split(chunk, 1), strict=True):
-            dD += (ours * theirs).sum((0, 1))
+        for start in range(0, u.shape[1], chunk):
+            dD += (u[:, start : start + chunk] * dy[:, start : start + chunk]).sum((0, 1))
     need_decay, need_entering = needed.delta or needed.A, needed.u or needed.delta
     buffers = _buffers(3, inputs, chunk)
     arriving = u.new_zeros(u.shape[0], *A_t.shape)
-    for index in reversed(range(0 if borders is None else len(borders))):
+    for index in reversed(range(len(borders))):
         part = _Chunk(inputs, A_t, slice(index * chunk, (index + 1) * chunk), buffers)
         demand = part.blocks(dy)
         if need_decay or dC is not None:
