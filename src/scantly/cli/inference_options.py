@@ -7,8 +7,21 @@ from typing import Annotated, Any, TypeAlias
 import typer
 
 from scantly.cli.arguments import parse_size
+from scantly.errors import ConfigError
 
-__all__ = ["Batch", "Flips", "LargestComponent", "Overlap", "Precision", "Size", "Stride", "Window", "overrides"]
+__all__ = [
+    "Batch",
+    "Flips",
+    "LargestComponent",
+    "MethodSettings",
+    "Overlap",
+    "Precision",
+    "Size",
+    "Stride",
+    "Window",
+    "method_settings",
+    "overrides",
+]
 
 Window: TypeAlias = Annotated[
     str | None,
@@ -46,6 +59,31 @@ Batch: TypeAlias = Annotated[
 Precision: TypeAlias = Annotated[
     str | None, typer.Option("--precision", metavar="32|bf16", help="bf16: 2 to 3 times faster. Default: 32.")
 ]
+
+
+MethodSettings: TypeAlias = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="method.KEY=VALUE ...",
+        help="What a finished model can be asked to do differently, for instance method.infer=ds of Diff-CL.",
+    ),
+]
+
+
+def method_settings(assignments: list[str] | None) -> dict[str, Any]:
+    """The values of ``--set method.KEY=VALUE``.
+
+    Raises:
+        ConfigError: for anything else than settings of the method.
+    """
+    from scantly.training.resolve import parse_sets
+
+    values = parse_sets(assignments or [])
+    for section in values:
+        if section != "method":
+            raise ConfigError(f"--set {section} is nothing that a finished model can change; only method.* is.")
+    return dict(values.get("method", {}))
 
 
 def overrides(

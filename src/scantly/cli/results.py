@@ -13,11 +13,13 @@ from scantly.cli.inference_options import (
     Batch,
     Flips,
     LargestComponent,
+    MethodSettings,
     Overlap,
     Precision,
     Size,
     Stride,
     Window,
+    method_settings,
     overrides,
 )
 from scantly.cli.output import progress, say, say_json, say_table, say_wrapped
@@ -59,6 +61,7 @@ def predict(
     largest_component: LargestComponent = None,
     batch: Batch = None,
     precision: Precision = None,
+    set_values: MethodSettings = None,
     device: Annotated[
         str, typer.Option("--device", metavar="auto|cpu|cuda", help="auto: a GPU where there is one.")
     ] = "auto",
@@ -91,6 +94,7 @@ def predict(
             device=device,
             precision=precision or "32",
             inference=settings,
+            method=method_settings(set_values),
             progress=report,
         )
     count = len(outcome.files) - outcome.present
@@ -120,6 +124,7 @@ def evaluate(
     largest_component: LargestComponent = None,
     batch: Batch = None,
     precision: Precision = None,
+    set_values: MethodSettings = None,
     device: Annotated[
         str | None, typer.Option("--device", metavar="auto|cpu|cuda", help="auto: a GPU where there is one.")
     ] = None,
@@ -149,6 +154,7 @@ def evaluate(
         "--device": device,
         "--precision": precision,
         "options for windows": settings or None,
+        "--set": set_values,
         "--predictions": predictions,
         "--labels": labels,
     }
@@ -165,7 +171,14 @@ def evaluate(
         from scantly.training.run import Run
 
         opened = Run.open(run)
-        summary = evaluate_run(opened, split, device=device or "auto", precision=precision or "32", inference=settings)
+        summary = evaluate_run(
+            opened,
+            split,
+            device=device or "auto",
+            precision=precision or "32",
+            inference=settings,
+            method=method_settings(set_values),
+        )
         place = opened.folder / "evaluation" / f"{summary['name']}.csv"
     else:
         raise ConfigError(

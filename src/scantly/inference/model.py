@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor, nn
 
 from scantly.data.plan import Plan
-from scantly.errors import RunError
+from scantly.errors import ConfigError, RunError, unknown_name
 from scantly.files import atomic_path
 from scantly.inference.settings import DEFAULT_INFERENCE, InferenceSettings
 from scantly.methods import catalogue
-from scantly.methods.base import Task
+from scantly.methods.base import Method, MethodConfig, Task
 from scantly.settings import parse
 
 __all__ = ["FORMAT_VERSION", "Model", "load_model", "model_file", "save_model"]
@@ -35,6 +35,7 @@ class Model:
         method: Catalogue name of the method that trained it.
         configuration: The method's settings.
         inference: How whole scans are predicted unless asked otherwise.
+        changed: Those of the method's settings that differ from the file's, see :func:`load_model`.
     """
 
     network: nn.Module
@@ -43,6 +44,7 @@ class Model:
     method: str
     configuration: Mapping[str, Any]
     inference: InferenceSettings = DEFAULT_INFERENCE
+    changed: Mapping[str, Any] = field(default_factory=dict)
 
 
 def save_model(
@@ -90,14 +92,17 @@ def model_file(path: Path) -> Path:
     return path / "model.safetensors" if path.is_dir() else path
 
 
-def load_model(path: Path) -> Model:
+def load_model(path: Path, *, method: Mapping[str, Any] | None = None) -> Model:
     """Read ``model.safetensors``; nothing else of the run folder is needed.
 
     Args:
         path: The file, or the run folder that holds it.
+        method: Settings of the method to be changed, by name: those of :attr:`Method.prediction_settings`, for
+            instance ``{"infer": "ds"}`` for Diff-CL.
 
     Raises:
         RunError: if it is missing, damaged, of a newer format, or does not fit the network it names.
+        ConfigError: for a setting that a finished model cannot change, or a bad value.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -116,12 +121,30 @@ def load_model(path: Path) -> Model:
         )
     task = Task.from_dict(content["task"])
     plan = parse(Plan, content["plan"], where=f"{file}: plan")
-    method = catalogue.load(content["method"])
-    network = method(task, parse(method.Config, content["configuration"], where=f"{file}: method")).predictor
+    kind = catalogue.load(content["method"])
+    original = parse(kind.Config, content["configuration"], where=f"{file}: method")
+    settings = _changed(kind, content["method"], content["configuration"], method or {})
+    network = kind(task, settings).predictor
     try:
         network.load_state_dict(weights, strict=True)
     except RuntimeError as error:
         raise RunError(f"{file} does not fit its own network description ({error}).") from error
     network.requires_grad_(False).eval()
     inference = parse(InferenceSettings, content.get("inference", {}), where=f"{file}: inference")
-    return Model(network, task, plan, content["method"], content["configuration"], inference)
+    configuration = settings.model_dump(mode="json")
+    changed = {name: value for name, value in configuration.items() if value != original.model_dump(mode="json")[name]}
+    return Model(network, task, plan, content["method"], configuration, inference, changed)
+
+
+def _changed(kind: type[Method], name: str, stored: Mapping[str, Any], values: Mapping[str, Any]) -> MethodConfig:
+    """The stored settings with some values in place of theirs."""
+    for key in values:
+        if key not in kind.Config.model_fields:
+            raise ConfigError(unknown_name(f"setting of method {name}", key, kind.Config.model_fields))
+        if key not in kind.prediction_settings:
+            free = " and ".join(f"method.{free}" for free in sorted(kind.prediction_settings)) or "nothing"
+            raise ConfigError(
+                f"setting 'method.{key}' belongs to the training of this {name} model; for a prediction {free} can be "
+                "changed."
+            )
+    return parse(kind.Config, {**stored, **values}, where="method")

@@ -96,9 +96,10 @@ class Predictor:
         device: str = "auto",
         precision: str = "32",
         inference: Mapping[str, Any] | None = None,
+        method: Mapping[str, Any] | None = None,
     ) -> Predictor:
-        """From ``model.safetensors`` or the folder that holds it."""
-        return cls(load_model(Path(path)), device=device, precision=precision, inference=inference)
+        """From ``model.safetensors`` or the folder that holds it; ``method`` as for ``load_model``."""
+        return cls(load_model(Path(path), method=method), device=device, precision=precision, inference=inference)
 
     def predict(
         self, images: Sequence[Source], *, uncertainty: bool = False, probabilities: bool = False
@@ -193,10 +194,11 @@ def predict_folder(
     device: str = "auto",
     precision: str = "32",
     inference: Mapping[str, Any] | None = None,
+    method: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Outcome:
     """As :func:`predict`, and say how many predictions were there already."""
-    predictor = Predictor.load(model, device=device, precision=precision, inference=inference)
+    predictor = Predictor.load(model, device=device, precision=precision, inference=inference, method=method)
     folder = Path(out)
     failed: list[ImageError] = []
     cases = find_inputs(inputs, channels=predictor.model.task.channels, series=series, out=folder, broken=failed)
@@ -247,7 +249,7 @@ def _key(predictor: Predictor, file: Path) -> str:
     """Stands for all that shapes a prediction beside the scan."""
     with file.open("rb") as stream:
         weights = hashlib.file_digest(stream, "sha256").hexdigest()
-    settings = {**predictor.settings.to_dict(), "precision": predictor.precision}
+    settings = {**predictor.settings.to_dict(), "precision": predictor.precision, **predictor.model.changed}
     return digest({"scantly": __version__, "model": weights, "settings": settings})
 
 
@@ -274,6 +276,7 @@ def predict(
     device: str = "auto",
     precision: str = "32",
     inference: Mapping[str, Any] | None = None,
+    method: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> list[Path]:
     """Predict files and folders of scans.
@@ -294,6 +297,8 @@ def predict(
         precision: ``32`` or ``bf16`` (faster, a little less exact).
         inference: Settings that replace those of the model, for instance ``{"flips": True}``; see
             :class:`~scantly.inference.settings.InferenceSettings`.
+        method: Settings of the method that a finished model can change, for instance ``{"infer": "ds"}``; see
+            :attr:`~scantly.methods.base.Method.prediction_settings`.
         progress: Called with (done, total, case).
 
     Returns:
@@ -317,5 +322,6 @@ def predict(
         device=device,
         precision=precision,
         inference=inference,
+        method=method,
         progress=progress,
     ).files

@@ -273,10 +273,13 @@ class Method(nn.Module, ABC):
     Attributes:
         generator: Source of the method's random draws. The engine replaces, seeds and checkpoints it; it
             lives on the training device.
+        prediction_settings: Names of settings that a finished model can be given another value of, since its predictor
+            holds all that they need.
     """
 
     Config: ClassVar[type[MethodConfig]] = MethodConfig
     uses_unlabeled: ClassVar[bool] = True
+    prediction_settings: ClassVar[frozenset[str]] = frozenset()
 
     def __init__(self, task: Task, config: MethodConfig) -> None:
         super().__init__()

@@ -31,6 +31,7 @@ def evaluate_run(
     device: str = "auto",
     precision: str = "32",
     inference: Mapping[str, Any] | None = None,
+    method: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Predict the cases of a split with ``model.safetensors`` and score them on their original grids.
 
@@ -40,11 +41,13 @@ def evaluate_run(
         device: ``auto``, ``cpu`` or ``cuda``.
         precision: ``32`` or ``bf16``.
         inference: Settings that replace those of the run's ``evaluation.inference``, by name.
+        method: Settings of the method that a finished model can change, see
+            :attr:`~scantly.methods.base.Method.prediction_settings`.
 
     Returns:
         The summary, also written to ``evaluation/<split>.json``; the table goes to ``evaluation/<split>.csv``. If
-        windows or precision are not the run's own, both names and the folder of predictions get what differs, for
-        instance ``val_window-whole``: the run's result under its protocol stays what it is.
+        windows, precision or method are not the run's own, both names and the folder of predictions get what differs,
+        for instance ``val_window-whole``: the run's result under its protocol stays what it is.
 
     Raises:
         RunError: if the run is not finished, the split is empty, or its cases chose the checkpoint.
@@ -63,7 +66,7 @@ def evaluate_run(
             "--split test, or train with --set evaluation.selection=last."
         )
     dataset = Dataset.open(Path(config.data.dataset))
-    predictor = Predictor.load(run.folder, device=device, precision=precision, inference=inference)
+    predictor = Predictor.load(run.folder, device=device, precision=precision, inference=inference, method=method)
     place = "_".join(part for part in (chosen, _difference(predictor)) if part)
     rows: list[dict[str, Any]] = []
     with ProgressLine(f"evaluating {chosen}", len(names)) as line:
@@ -92,7 +95,7 @@ def evaluate_run(
         "labeled": config.data.labeled,
         "seed": config.training.seed,
         "steps": config.training.steps,
-        "inference": {**predictor.settings.to_dict(), "precision": predictor.precision},
+        "inference": {**predictor.settings.to_dict(), "precision": predictor.precision, **predictor.model.changed},
         **summarize(table, protocol=config.evaluation.protocol, convention=config.evaluation.protocol),
     }
     save_table(table, run.folder / "evaluation" / f"{place}.csv")
@@ -102,8 +105,10 @@ def evaluate_run(
 
 def _difference(predictor: Predictor) -> str:
     """How the prediction differs from the one that the run's protocol says; empty if it does not."""
-    windows = predictor.settings.difference(predictor.model.inference)
-    return "_".join(part for part in (windows, "" if predictor.precision == "32" else predictor.precision) if part)
+    parts = [predictor.settings.difference(predictor.model.inference)]
+    parts += [f"{name}-{value}" for name, value in sorted(predictor.model.changed.items())]
+    parts += [] if predictor.precision == "32" else [predictor.precision]
+    return "_".join(part for part in parts if part)
 
 
 def evaluate_folders(

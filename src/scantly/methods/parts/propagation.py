@@ -77,9 +77,7 @@ class LabelPropagation(nn.Module):
             self.bank_head = pointwise_head(task.spatial_dims, widths, norm=True).requires_grad_(False)
         self.banks = nn.ModuleList(MemoryBank(config.queue, (config.embedding,)) for _ in task.classes)
 
-    def loss(
-        self, features: Tensor, predicted: Tensor, generator: torch.Generator
-    ) -> tuple[Tensor, dict[str, Tensor]]:
+    def loss(self, features: Tensor, predicted: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The contrast of unlabeled voxels with the banks.
 
         Args:
