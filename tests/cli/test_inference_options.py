@@ -103,3 +103,71 @@ def test_a_stride_with_gaps_is_refused_before_training(scantly, sound: Path, tmp
     assert outcome.status == 2
     assert "evaluation.inference.stride 8 x 64 is larger than the window 32 x 32" in outcome.sentence
     assert not (tmp_path / "run").exists()
+
+
+@pytest.fixture(scope="module")
+def crossing(scantly, sound: Path, tmp_path_factory, small) -> Path:
+    """A finished run of Diff-CL."""
+    run = tmp_path_factory.mktemp("crossing") / "run"
+    outcome = scantly("train", sound, "--method", "diffcl", "--labeled", "2", "--out", run, *small)
+    assert outcome.status == 0, outcome.err
+    return run
+
+
+def test_a_finished_model_is_asked_for_another_predictor(scantly, crossing: Path, sound: Path, tmp_path: Path) -> None:
+    found = []
+    for name, words in {"cs": (), "ds": ("--set", "method.infer=ds", "method.sampling_steps=2")}.items():
+        out = tmp_path / name
+        outcome = scantly("predict", crossing, *words, "--out", out, "--device", "cpu", sound / "imagesTs")
+        assert outcome.status == 0, outcome.err
+        found.append(np.asarray(nib.load(out / "case6.nii.gz").dataobj))
+    assert (found[0] != found[1]).any()
+
+
+def test_the_asked_predictor_is_judged_apart(scantly, crossing: Path) -> None:
+    words = ("--set", "method.sampling_steps=2", "--set", "method.infer=ds", "--device", "cpu", "--json")
+    outcome = scantly("evaluate", crossing, *words)
+    assert outcome.status == 0, outcome.err
+    summary = json.loads(outcome.out)
+    assert summary["name"] == "test_infer-ds_sampling_steps-2"
+    assert summary["inference"]["infer"] == "ds"
+    assert (crossing / "evaluation" / "test_infer-ds_sampling_steps-2.csv").is_file()
+    assert not (crossing / "evaluation" / "test.json").exists()
+
+
+@pytest.mark.parametrize("command", ["predict", "evaluate"])
+@pytest.mark.parametrize(
+    ("assignment", "sentence"),
+    [
+        ("method.inferr=ds", "unknown setting of method diffcl 'inferr'; did you mean 'infer'?"),
+        ("method.mu1=1", "setting 'method.mu1' belongs to the training of this diffcl model"),
+        ("method.infer=both", "setting 'method.infer' is 'both'"),
+        ("method.infer.cs=1", "setting 'method.infer' is {'cs': 1}"),
+        ("training.lr=1", "--set training is nothing that a finished model can change; only method.* is"),
+        ("infer=ds", "--set infer is nothing that a finished model can change"),
+        ("infer", "--set takes key=value"),
+        ("method=ds", "--set method"),
+    ],
+)
+def test_settings_that_a_finished_model_does_not_have(
+    scantly, crossing: Path, sound: Path, tmp_path: Path, command: str, assignment: str, sentence: str
+) -> None:
+    rest = (sound / "imagesTs", "--out", tmp_path / "out") if command == "predict" else ()
+    outcome = scantly(command, crossing, *rest, "--set", assignment)
+    assert outcome.status == 2
+    assert sentence in outcome.sentence
+    assert not (tmp_path / "out").exists()
+
+
+def test_other_methods_have_nothing_to_change(scantly, trained: Path, sound: Path, tmp_path: Path) -> None:
+    words = ("--out", tmp_path / "out", "--set", "method.dice_background=false")
+    outcome = scantly("predict", trained, sound / "imagesTs", *words)
+    assert outcome.status == 2
+    assert "supervised model; for a prediction nothing can be changed" in outcome.sentence
+
+
+def test_label_maps_of_any_origin_have_no_method(scantly, tmp_path: Path) -> None:
+    words = ("--predictions", tmp_path, "--labels", tmp_path, "--set", "method.infer=ds")
+    outcome = scantly("evaluate", *words)
+    assert outcome.status == 2
+    assert "got --set and --predictions and --labels" in outcome.sentence

@@ -38,6 +38,15 @@ VARIANTS.append(
         id="arco-rank",
     )
 )
+VARIANTS += [
+    pytest.param("gapmatch", {"update": "sequential"}, id="gapmatch-sequential"),
+    pytest.param("gapmatch", {"perturbation": "random", "ascent_steps": 2}, id="gapmatch-random"),
+    pytest.param(
+        "gapmatch",
+        {"perturbation": "adaptive", "second_targets": "recomputed", "second_view": "new"},
+        id="gapmatch-adaptive",
+    ),
+]
 
 
 @pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])

@@ -7,9 +7,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from scantly.data.plan import Plan
-from scantly.errors import RunError
+from scantly.errors import ConfigError, RunError
 from scantly.inference.model import load_model, save_model
 from scantly.methods.base import Task
+from scantly.methods.diffcl import DiffCL
 from scantly.methods.mean_teacher import MeanTeacher
 
 PLAN = Plan(
@@ -87,3 +88,80 @@ def test_a_class_path_in_the_file_is_never_imported(tmp_path):
     save(path, method="os:system")
     with pytest.raises(Exception, match="unknown method 'os:system'"):
         load_model(path)
+
+
+def save_diffcl(path, **settings):
+    torch.manual_seed(0)
+    config = DiffCL.Config(**settings)
+    method = DiffCL(TASK, config)
+    save_model(
+        path,
+        method.predictor.state_dict(),
+        task=TASK,
+        plan=PLAN,
+        method="diffcl",
+        configuration=config.model_dump(mode="json"),
+    )
+    return method.eval()
+
+
+def test_a_finished_model_can_be_asked_for_another_of_its_predictors(tmp_path):
+    path = tmp_path / "model.safetensors"
+    method, images = save_diffcl(path), torch.randn(2, 1, 32, 32)
+    usual = load_model(path)
+    assert usual.changed == {}
+    assert torch.equal(usual.network(images), method.cs(images))
+    asked = {"infer": "ds", "sampling_steps": 2, "sampling_seed": 7, "sampling_clip": True}
+    model = load_model(path, method=asked)
+    assert model.changed == asked
+    assert model.configuration["sampling_steps"] == 2
+    noise = torch.randn(1, 2, 32, 32, generator=torch.Generator().manual_seed(7)).repeat(2, 1, 1, 1)
+    assert torch.equal(model.network(images), method.ds.sample(images, noise, steps=2, clip=True))
+    assert not model.network.training
+    assert load_model(path, method={"infer": "cs", "sampling_steps": 10}).changed == {}  # as it was trained
+
+
+def test_what_was_trained_for_one_predictor_can_be_asked_for_the_other(tmp_path):
+    path = tmp_path / "model.safetensors"
+    method, images = save_diffcl(path, infer="mean"), torch.randn(1, 1, 32, 32)
+    model = load_model(path, method={"infer": "cs"})
+    assert model.changed == {"infer": "cs"}
+    assert torch.equal(model.network(images), method.cs(images))
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"inferr": "ds"}, "unknown setting of method diffcl 'inferr'; did you mean 'infer'?"),
+        (
+            {"mu1": 1.0},
+            "setting 'method.mu1' belongs to the training of this diffcl model; for a prediction method.infer",
+        ),
+        ({"mu1": 0.1}, "setting 'method.mu1' belongs to the training"),  # even where nothing would change
+        ({"infer": "both"}, "setting 'method.infer' is 'both'"),
+        ({"sampling_steps": 0}, "setting 'method.sampling_steps' is 0"),
+    ],
+)
+def test_what_a_finished_model_cannot_change_is_told_in_one_sentence(tmp_path, values, sentence):
+    save_diffcl(tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError) as told:
+        load_model(tmp_path, method=values)
+    assert str(told.value).startswith(sentence)
+    assert "\n" not in str(told.value)
+
+
+def test_of_other_methods_nothing_can_be_changed(tmp_path):
+    save(tmp_path / "model.safetensors")
+    with pytest.raises(
+        ConfigError, match=r"'method\.ema_decay' .* mean_teacher model; for a prediction nothing can be"
+    ):
+        load_model(tmp_path, method={"ema_decay": 0.5})
+    with pytest.raises(ConfigError, match="unknown setting of method mean_teacher 'infer'"):
+        load_model(tmp_path, method={"infer": "ds"})
+
+
+def test_a_network_that_was_not_trained_cannot_be_asked_for(tmp_path):
+    save_diffcl(tmp_path / "model.safetensors", use_ds=False)
+    assert load_model(tmp_path, method={"sampling_steps": 3}).changed == {"sampling_steps": 3}
+    with pytest.raises(ConfigError, match=r"method\.infer=ds needs the diffusion network; set method\.use_ds=true"):
+        load_model(tmp_path, method={"infer": "ds"})

@@ -17,6 +17,7 @@ from scantly.inference.predict import Predictor, predict, predict_folder
 from scantly.inference.settings import InferenceSettings
 from scantly.inference.windows import entropy
 from scantly.methods.base import Task
+from scantly.methods.diffcl import DiffCL
 from scantly.methods.supervised import Supervised
 from scantly.training.resolve import resolve
 from scantly.training.train import train_config
@@ -411,3 +412,80 @@ def test_volumes_by_windows_and_in_one_pass(volumetric, tmp_path, values, precis
     assert prediction.probabilities.dtype == np.float32
     np.testing.assert_array_equal(prediction.labels, prediction.probabilities.argmax(0))
     np.testing.assert_allclose(prediction.uncertainty, entropy(prediction.probabilities), atol=1e-6)
+
+
+def write_diffcl(path, widths=(4, 8)):
+    """An untrained Diff-CL model of slices of 32 x 32."""
+    torch.manual_seed(0)
+    arguments = {"widths": list(widths), "dropout": [0.0] * len(widths)}
+    task = Task(1, ("background", "a", "b"), 2, (32, 32), "unet", arguments)
+    plan = Plan(
+        spatial_dims=2,
+        normalization=[{"scheme": "zscore"}],
+        patch_size=(32, 32),
+        labeled_batch_size=1,
+        unlabeled_batch_size=1,
+    )
+    weights = DiffCL(task, DiffCL.Config()).predictor.state_dict()
+    save_model(path, weights, task=task, plan=plan, method="diffcl", configuration={})
+    return path
+
+
+@pytest.mark.parametrize("precision", ["32", "bf16"])
+def test_the_method_is_asked_for_another_predictor(cohort, tmp_path, precision):
+    model, source = write_diffcl(tmp_path / "model.safetensors"), next((cohort / "imagesTs").glob("*.nii.gz"))
+    found = {}
+    for name, values in {
+        "usual": None,
+        "cs": {"infer": "cs"},
+        "ds": {"infer": "ds", "sampling_steps": 2},
+        "again": {"infer": "ds", "sampling_steps": 2},
+        "seed": {"infer": "ds", "sampling_steps": 2, "sampling_seed": 1},
+        "mean": {"infer": "mean", "sampling_steps": 2},
+    }.items():
+        (written,) = predict(
+            model, [source], tmp_path / name, method=values, probabilities=True, precision=precision, device="cpu"
+        )
+        found[name] = np.asarray(nib.load(written).dataobj)
+        probs = nib.load(written.with_name(written.name.replace(".nii.gz", "_probabilities.nii.gz"))).get_fdata()
+        np.testing.assert_allclose(probs.sum(-1), 1, atol=1e-4)
+        found[f"{name} probabilities"] = probs
+    assert np.array_equal(found["usual"], found["cs"])
+    assert np.array_equal(found["ds"], found["again"])
+    for one, other in (("cs", "ds"), ("ds", "seed"), ("cs", "mean"), ("ds", "mean")):
+        assert not np.array_equal(found[f"{one} probabilities"], found[f"{other} probabilities"])
+    assert (found["cs"] != found["ds"]).any()
+    half = (found["cs probabilities"] + found["ds probabilities"]) / 2
+    np.testing.assert_allclose(found["mean probabilities"], half, atol=1e-2 if precision == "bf16" else 1e-4)
+
+
+def test_with_other_settings_of_the_method_everything_is_predicted_again(cohort, tmp_path, passes):
+    scans, out, model = scans_of(cohort, tmp_path / "scans"), tmp_path / "out", tmp_path / "model.safetensors"
+    write_diffcl(model)
+    sound = (scans / "c_0000.nii.gz").read_bytes()
+    (scans / "c_0000.nii.gz").write_bytes(b"no scan")
+    with pytest.raises(ImageError, match="1 of 3 scans cannot be predicted"):
+        predict(model, [scans], out)
+    (scans / "c_0000.nii.gz").write_bytes(sound)
+    passes.clear()
+    assert predict_folder(model, [scans], out, method={"infer": "ds", "sampling_steps": 1}).present == 0
+    assert passes == ["a", "b", "c"]
+
+
+def test_nothing_is_written_where_a_setting_of_the_method_is_refused(cohort, tmp_path):
+    model = write_diffcl(tmp_path / "model.safetensors")
+    with pytest.raises(ConfigError, match="belongs to the training"):
+        predict(model, [cohort / "imagesTs"], tmp_path / "out", method={"eta": 1.0})
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("infer", ["cs", "ds"])
+def test_one_pass_over_the_whole_fits_the_sides_that_the_networks_need(tmp_path, infer):
+    """Six levels take multiples of 32; slices of 32 x 48 are padded to these."""
+    model = write_diffcl(tmp_path / "model.safetensors", widths=(4,) * 6)
+    nib.save(nib.Nifti1Image(np.random.default_rng(0).normal(size=(32, 48, 2)), np.eye(4)), tmp_path / "scan.nii.gz")
+    settings = {"infer": infer, "sampling_steps": 1}
+    written = predict(
+        model, [tmp_path / "scan.nii.gz"], tmp_path / "out", inference={"window": "whole"}, method=settings
+    )
+    assert nib.load(written[0]).shape == (32, 48, 2)

@@ -202,7 +202,10 @@ def test_voxels_outside_the_mask_get_no_gradient_and_soft_targets_are_weighed():
     targets = torch.tensor([[[0.25, 0.5, 0.9], [0.75, 0.5, 0.1]]])
     mask = torch.tensor([[True, True, False]])
     loss = masked_cross_entropy(logits, targets, mask)
-    voxels = [0.25 * math.log1p(math.exp(-1)) + 0.75 * math.log1p(math.exp(1)), 0.5 * (math.log1p(math.exp(2)) + math.log1p(math.exp(-2)))]
+    voxels = [
+        0.25 * math.log1p(math.exp(-1)) + 0.75 * math.log1p(math.exp(1)),
+        0.5 * (math.log1p(math.exp(2)) + math.log1p(math.exp(-2))),
+    ]
     assert loss.item() == pytest.approx(sum(voxels) / 3, abs=1e-6)
     loss.backward()
     assert torch.equal(logits.grad[..., 2], torch.zeros(1, 2))

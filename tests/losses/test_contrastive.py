@@ -10,6 +10,7 @@ from scantly.losses import (
     contrastive,
     cosine_similarities,
     info_nce,
+    label_propagation,
     nearest_neighbor_loss,
     sampled_similarities,
     similarity_divergence,
@@ -189,3 +190,114 @@ def test_units_in_place():
     found = unit(vectors, in_place=True)
     assert found.data_ptr() == place
     assert torch.equal(found, expected)
+
+
+ANCHORS = torch.tensor([[[1.0, 0.0], [0.8, 0.6]]])
+VOXELS = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0], [-1.0, 0.0]])
+
+
+def propagation(anchors, candidates, used=(True,), *, positives=1, negatives=2, temperature=0.1, level="class"):
+    return label_propagation(
+        anchors,
+        candidates,
+        torch.tensor(used),
+        positives=positives,
+        negatives=negatives,
+        temperature=temperature,
+        level=level,
+    )
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(0.1, 0.063487), (0.5, 0.340029)])
+def test_worked_numbers_of_label_propagation(temperature, expected):
+    """Mean similarities 0.9, 0.78, 0.3, -0.9: the first voxel is pulled, the last two are pushed away."""
+    assert cosine_similarities(ANCHORS, VOXELS)[0].mean(0).tolist() == pytest.approx([0.9, 0.78, 0.3, -0.9])
+    loss, near, far = propagation(ANCHORS, VOXELS, temperature=temperature)
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert near.item() == pytest.approx(0.9)
+    assert far.item() == pytest.approx((0.3 - 0.9) / 2)
+
+
+@pytest.mark.parametrize(("temperature", "expected"), [(0.1, 0.013501), (0.5, 0.279619)])
+def test_worked_numbers_of_ranking_by_each_anchor(temperature, expected):
+    """The second anchor's similarities are 0.8, 0.96, 0.6, -0.8: it pulls the second voxel."""
+    loss, near, far = propagation(ANCHORS, VOXELS, temperature=temperature, level="anchor")
+    assert loss.item() == pytest.approx(expected, abs=1e-6)
+    assert near.item() == pytest.approx((1 + 0.96) / 2)
+    assert far.item() == pytest.approx((0 - 1 + 0.6 - 0.8) / 4)
+
+
+def slow_label_propagation(anchors, candidates, used, positives, negatives, temperature, level):
+    """Class by class, anchor by anchor, positive by positive, in double precision."""
+    losses = []
+    for group, counts in zip(anchors.tolist(), used, strict=True):
+        if not counts:
+            continue
+        table = [[sum(a * b for a, b in zip(anchor, voxel, strict=True)) for voxel in candidates.tolist()]
+                 for anchor in group]  # fmt: skip
+        means = [sum(column) / len(column) for column in zip(*table, strict=True)]
+        for row in table:
+            keys = means if level == "class" else row
+            ranked = sorted(range(len(keys)), key=lambda j: -keys[j])
+            far = sum(math.exp(row[j] / temperature) for j in ranked[len(ranked) - negatives :])
+            for j in ranked[:positives]:
+                near = math.exp(row[j] / temperature)
+                losses.append(-math.log(near / (near + far)))
+    return sum(losses) / len(losses) if losses else 0.0
+
+
+@pytest.mark.parametrize("level", ["class", "anchor"])
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 1000),
+    used=st.lists(st.booleans(), min_size=1, max_size=3),
+    positives=st.integers(1, 4),
+    negatives=st.integers(1, 5),
+)
+def test_label_propagation_is_that_of_slow_loops_in_any_order(level, seed, used, positives, negatives):
+    generator = torch.Generator().manual_seed(seed)
+    anchors = unit(torch.randn(len(used), 4, 6, generator=generator, dtype=torch.float64))
+    candidates = unit(torch.randn(9, 6, generator=generator, dtype=torch.float64))
+    options = {"positives": positives, "negatives": negatives, "temperature": 0.3, "level": level}
+    loss, near, far = propagation(anchors, candidates, used, **options)
+    expected = slow_label_propagation(anchors, candidates, used, positives, negatives, 0.3, level)
+    assert loss.item() == pytest.approx(expected, rel=1e-6)
+    assert far.item() <= near.item() + 1e-12
+    order = torch.randperm(9, generator=generator)
+    assert propagation(anchors, candidates[order], used, **options)[0].item() == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("level", ["class", "anchor"])
+def test_only_chosen_voxels_of_counted_classes_take_the_gradient(level):
+    """The second class pulls and pushes others, but does not count."""
+    anchors = torch.stack([ANCHORS[0], torch.tensor([[0.0, 1.0], [0.0, 1.0]])])
+    voxels = VOXELS.clone().requires_grad_()
+    loss = propagation(anchors, voxels, (True, False), negatives=1, level=level)[0]
+    loss.backward()
+    chosen = {"class": [True, False, False, True], "anchor": [True, True, False, True]}[level]
+    assert voxels.grad.abs().sum(1).gt(0).tolist() == chosen
+    assert loss.item() == pytest.approx(propagation(ANCHORS, VOXELS, negatives=1, level=level)[0].item())
+
+
+def test_without_a_class_label_propagation_is_zero_and_so_is_its_gradient():
+    voxels = VOXELS.clone().requires_grad_()
+    loss, near, far = propagation(torch.zeros(2, 3, 2), voxels, (False, False))
+    loss.backward()
+    assert (loss.item(), near.item(), far.item()) == (0, 0, 0)
+    assert torch.equal(voxels.grad, torch.zeros(4, 2))
+
+
+def test_label_propagation_under_autocast_is_that_of_single_precision():
+    generator = torch.Generator().manual_seed(0)
+    anchors, voxels = unit(torch.randn(2, 8, 16, generator=generator)), torch.randn(40, 16, generator=generator)
+    plain = propagation(anchors, unit(voxels), (True, True), positives=4, negatives=9)[0]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        mixed = propagation(anchors, unit(voxels), (True, True), positives=4, negatives=9)[0]
+    assert torch.equal(mixed, plain)
+
+
+def test_opposite_voxels_at_a_small_temperature_stay_finite():
+    loss = propagation(torch.tensor([[[1.0, 0.0]]]), torch.tensor([[-1.0, 0.0]] * 4), temperature=1e-3)[0]
+    assert loss.item() == pytest.approx(math.log(3), abs=1e-4)
+    worst = propagation(torch.tensor([[[1.0, 0.0], [-1.0, 0.0]]]), VOXELS, temperature=1e-3, negatives=1)[0]
+    assert worst.isfinite()

@@ -11,7 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from scantly.methods.parts.samplers import candidates, draw_positions, draw_ranks, grid_order, sample
+from scantly.methods.parts.samplers import (
+    candidates,
+    draw_distinct,
+    draw_positions,
+    draw_ranks,
+    grid_order,
+    sample,
+)
 
 KINDS = ("naive", "sg", "sag")
 HALVES = [0, 1, 2, 3, 10, 11, 12, 13]
@@ -259,3 +266,47 @@ def test_strata_of_the_grid_are_cells_of_the_image():
     assert sorted((row // 2 * 4 + column // 2).tolist()) == list(range(16))
     by_scan, _ = sample("sg", torch.ones(1, 64, dtype=torch.bool), 16, 16, generator())
     assert sorted((by_scan[0] // 4).tolist()) == list(range(16))
+
+
+@settings(deadline=None)
+@given(
+    rows=st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4),
+    draws=st.integers(0, 7),
+    seed=st.integers(0, 100),
+)
+def test_distinct_draws_are_candidates_first_and_never_twice_the_same(rows, draws, seed):
+    masks = torch.tensor(rows)
+    index, drawn = draw_distinct(masks, draws, generator(seed))
+    assert index.shape == drawn.shape == (len(rows), draws)
+    for mask, places, good in zip(masks, index, drawn, strict=True):
+        count = min(int(mask.sum()), draws)
+        assert good.tolist() == [True] * count + [False] * (draws - count)
+        assert torch.equal(mask[places], good)
+        assert len(set(places.tolist())) == draws
+    again = draw_distinct(masks, draws, generator(seed))
+    assert torch.equal(again[0], index)
+
+
+def test_every_candidate_is_drawn_distinctly_equally_often_and_sets_are_independent():
+    masks = torch.zeros(4000, 12, dtype=torch.bool)
+    masks[:, 2:10] = True
+    index, drawn = draw_distinct(masks, 3, generator())
+    assert drawn.all()
+    hits = torch.bincount(index.flatten(), minlength=12)
+    assert hits[[0, 1, 10, 11]].sum() == 0
+    expected = 4000 * 3 / 8
+    assert (hits[2:10] - expected).abs().max() < 5 * math.sqrt(expected)
+    first = torch.bincount(index[:, 0], minlength=12)[2:10]  # nor has the order a preference
+    assert (first - 500).abs().max() < 5 * math.sqrt(500)
+    together = (index[0::2] == index[1::2]).all(1).float().mean().item()
+    assert together == pytest.approx(1 / 336, abs=5 * math.sqrt(1 / 336 / 2000))
+
+
+def test_distinct_draws_take_as_many_numbers_whatever_the_candidates():
+    states = []
+    for share in (0.0, 0.3, 1.0):
+        source = generator()
+        draw_distinct(torch.rand(3, 50, generator=generator(1)) < share, 5, source)
+        states.append(source.get_state())
+    assert torch.equal(states[0], states[1])
+    assert torch.equal(states[0], states[2])

@@ -162,3 +162,62 @@ def test_probability_files_are_no_label_maps(cohort, tmp_path):
     shutil.copy(first, predictions / first.name.replace(".nii.gz", "_probabilities.nii.gz"))
     table, _ = evaluate_folders(predictions, cohort / "labelsTs", classes=("background", "RV", "MYO", "LV"))
     assert len(table) == 2 * 3
+
+
+@pytest.fixture(scope="module")
+def crossing(cohort, tmp_path_factory):
+    """A run of Diff-CL of two steps, whose last iteration predicts."""
+    folder = tmp_path_factory.mktemp("crossing")
+    sets = {
+        "plan": {"size": [32, 32], "spatial_dims": 2, "labeled_batch_size": 2, "unlabeled_batch_size": 2},
+        "network": {"arguments": {"widths": [4, 8], "dropout": [0, 0]}},
+        "training": {"steps": 2, "device": "cpu"},
+        "data": {"store": str(folder / "store")},
+        "evaluation": {"selection": "last"},
+    }
+    config = resolve(cohort, flags={"method": "diffcl", "labeled": 2}, sets=sets)
+    return train_config(config, folder / "run", quiet=True)
+
+
+def test_what_the_method_was_asked_for_has_a_place_of_its_own(crossing):
+    usual = evaluate_run(crossing, "val", device="cpu")
+    assert usual["name"] == "val"
+    assert "infer" not in usual["inference"]
+    before = (crossing.folder / "evaluation" / "val.json").read_bytes()
+    asked = {"infer": "ds", "sampling_steps": 2}
+    summary = evaluate_run(crossing, "val", device="cpu", method=asked)
+    assert summary["name"] == "val_infer-ds_sampling_steps-2"
+    assert {name: summary["inference"][name] for name in asked} == asked
+    assert summary["inference"]["window"] == usual["inference"]["window"]
+    assert crossing.summary("val_infer-ds_sampling_steps-2") == summary
+    assert crossing.evaluation("val_infer-ds_sampling_steps-2") is not None
+    assert (crossing.folder / "evaluation" / "val.json").read_bytes() == before
+    maps = [
+        np.asarray(nib.load(next(crossing.predictions(name).iterdir())).dataobj) for name in ("val", summary["name"])
+    ]
+    assert (maps[0] != maps[1]).any()
+    assert evaluate_run(crossing, "val", device="cpu", method={"infer": "cs"})["name"] == "val"
+    both = evaluate_run(crossing, "test", device="cpu", method={"infer": "mean"}, inference={"flips": True})
+    assert both["name"] == "test_flips-true_infer-mean"
+
+
+def test_the_places_of_results_are_named_alike(crossing):
+    """As in test_flips-true."""
+    name = evaluate_run(crossing, "val", device="cpu", method={"sampling_clip": True})["name"]
+    assert name == "val_sampling_clip-true"
+
+
+def test_a_setting_that_was_the_trainings_is_refused_and_leaves_nothing(crossing):
+    before = sorted(path.name for path in (crossing.folder / "evaluation").glob("*"))
+    for values, sentence in (
+        ({"queue": 3}, "belongs to the training of this diffcl model"),
+        ({"sampling": 3}, "unknown setting of method diffcl 'sampling'"),
+    ):
+        with pytest.raises(ConfigError, match=sentence):
+            evaluate_run(crossing, "val", device="cpu", method=values)
+    assert sorted(path.name for path in (crossing.folder / "evaluation").glob("*")) == before
+
+
+def test_a_run_of_another_method_has_nothing_to_change(run):
+    with pytest.raises(ConfigError, match="for a prediction nothing can be changed"):
+        evaluate_run(run, "test", device="cpu", method={"dice_background": False})

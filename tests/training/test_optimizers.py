@@ -132,3 +132,75 @@ def test_nesterov_without_momentum_is_refused():
 
     with pytest.raises(ConfigError, match=r"training\.momentum is 0"):
         TrainingHandles(Nesterov(), Stage(), TrainingSection(momentum=0), 10)
+
+
+class Spared(Adversaries):
+    """One optimizer, whose weight decay leaves the second network alone."""
+
+    def __init__(self, name, undecayed=True):
+        super().__init__()
+        self.name, self.undecayed = name, undecayed
+
+    def optimizers(self, stage):
+        spared = self.d.parameters() if self.undecayed else ()
+        return {"main": OptimizerSpec([*self.g.parameters(), *self.d.parameters()], name=self.name, undecayed=spared)}
+
+
+def spared_handles(name, **options):
+    torch.manual_seed(0)
+    method = Spared(name, **options)
+    return method, TrainingHandles(method, Stage(), TrainingSection(lr=0.1, weight_decay=0.5, momentum=0), 10)
+
+
+@pytest.mark.parametrize("undecayed", [True, False])
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_weight_decay_spares_what_it_should_and_nothing_else(name, undecayed):
+    method, handles = spared_handles(name, undecayed=undecayed)
+    before = {key: p.detach().clone() for key, p in method.named_parameters()}
+    handles.backward(0 * method.d(method.g(torch.ones(1, 2))).sum())
+    handles.update()
+    assert not torch.equal(method.g.weight, before["g.weight"])
+    if name != "adam":  # whose first step has the same length whatever the gradient
+        torch.testing.assert_close(method.g.weight, before["g.weight"] * (1 - 0.1 * 0.5))
+    assert torch.equal(method.d.weight, before["d.weight"]) == undecayed
+
+
+@pytest.mark.parametrize("name", ["sgd", "adam", "adamw"])
+def test_what_is_spared_the_decay_is_trained_as_without_decay(name):
+    method, handles = spared_handles(name)
+    other = torch.nn.Linear(2, 1, bias=False)
+    other.load_state_dict(method.d.state_dict())
+    kind = {"sgd": torch.optim.SGD, "adam": torch.optim.Adam, "adamw": torch.optim.AdamW}[name]
+    optimizer = kind(other.parameters(), weight_decay=0, lr=0.1)
+    for iteration in range(4):
+        handles.set_iteration(iteration)
+        optimizer.param_groups[0]["lr"] = 0.1 * (1 - max(iteration - 1, 0) / 10) ** 0.9
+        handles.backward(method.d(torch.ones(1, 2)).square().sum())
+        handles.update()
+        optimizer.zero_grad()
+        other(torch.ones(1, 2)).square().sum().backward()
+        optimizer.step()
+    torch.testing.assert_close(method.d.weight, other.weight)
+
+
+def test_what_is_spared_counts_for_the_clipping_and_has_state_and_rate():
+    torch.manual_seed(0)
+    method, settings = Spared("sgd"), TrainingSection(gradient_clip=0.5, weight_decay=0, momentum=0.9, lr=0.1)
+    handles = TrainingHandles(method, Stage(), settings, 10)
+    before = torch.cat([p.detach().flatten().clone() for p in (method.g.weight, method.d.weight)])
+    handles.backward(1000 * (method.g.weight.sum() + method.d.weight.sum()))
+    handles.update()
+    after = torch.cat([p.detach().flatten() for p in (method.g.weight, method.d.weight)])
+    assert (after - before).norm().item() == pytest.approx(0.1 * 0.5, rel=1e-4)
+    handles.set_iteration(6)
+    groups = handles._optimizers["main"].param_groups
+    assert [group["lr"] for group in groups] == [handles.rates()["main"]] * 2
+    assert [group["weight_decay"] for group in groups] == [0, 0]
+    state = handles.state_dict()
+    other = TrainingHandles(Spared("sgd"), Stage(), settings, 10)
+    other.load_state_dict(state)
+    restored = other.state_dict()["main"]
+    assert restored["param_groups"] == state["main"]["param_groups"]
+    assert set(restored["state"]) == {0, 1}
+    for index, values in state["main"]["state"].items():
+        assert torch.equal(restored["state"][index]["momentum_buffer"], values["momentum_buffer"])

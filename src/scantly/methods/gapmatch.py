@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import ExitStack, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Self
 
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from scantly.errors import ConfigError
@@ -20,6 +20,7 @@ from scantly.methods.parts.modes import evaluation_mode
 from scantly.methods.parts.ramps import gaussian_rampup
 from scantly.methods.parts.supervision import SupervisionConfig, outputs
 from scantly.methods.parts.weight_perturbation import (
+    RandomState,
     agreement,
     ascend,
     displaced,
@@ -60,7 +61,7 @@ class _Again:
     images: Tensor
     labels: _Labels
     views: list[_View]
-    dropped: tuple[Tensor, Tensor | None]
+    dropped: RandomState
 
 
 class GapMatch(Method):
@@ -71,20 +72,21 @@ class GapMatch(Method):
     supervise its strong view, as in FixMatch; the gradient g1 of that loss L_u moves the decision boundary. *Model
     perturbation*: at weights moved by a small step up g1, the same loss on the same view with the same labels gives the
     gradient g2. Both update the weights where they were: ``grad L_s + lambda (g1 + alpha g2)``, to first order a
-    penalty on the norm of L_u's gradient, that is a wider margin around the boundary. One network, no teacher.
+    penalty on the norm of L_u's gradient. One network, no teacher.
 
-    What is known of the paper: its abstract names the two perturbations, that one follows the other, and that they
-    bridge; it is the paper alone that this follows. Nothing was released, and the text of the method was not available.
-    From papers and re-implementations that describe it: hard labels with a confidence threshold, the perturbation
-    along the normalized gradient over all weights together, the sum of both gradients (``epsilon``, ``alpha``,
-    ``update=joint``). Everything else is a choice, and a setting: the form and normalization of the losses, the ramp of
-    lambda, batch norm and dropout in the perturbed pass, views (UniMatch's in 2D; brightness, contrast, blur and noise
-    in 3D, as a later paper of the same group), CutMix, thresholds (0.95 in 2D after UniMatch, 0.7 in 3D after that
-    paper), and ``update=sequential``, the other reading of the abstract.
+    From the paper's abstract: the two perturbations, one after the other, each driving the other on. Nothing was
+    released, and the text of the method was not available. From papers and re-implementations that describe it: hard
+    labels with a confidence threshold, the perturbation along the normalized gradient over all weights together, the
+    sum of both gradients (``epsilon``, ``alpha``, ``update=joint``). Everything else is a choice, and a setting: the
+    form and normalization of the losses, the ramp of lambda, batch norm and dropout in the perturbed pass, views
+    (UniMatch's in 2D; brightness, contrast, blur and noise in 3D, as a later paper of the same group), CutMix,
+    thresholds (0.95 in 2D after UniMatch, 0.7 in 3D after that paper), and ``update=sequential``, the other reading of
+    the abstract.
 
     Deviations from what is described: no attack on the image besides the weights', which one re-implementation has. A
-    gradient that is not finite does not skip the iteration, it ends the run with a sentence: there is no loss scaling
-    here that would make one harmless. Ranks share the perturbation: g1 is averaged over them before the step.
+    gradient that is not finite does not skip the iteration; the run ends with a sentence at the next line of the log or
+    checkpoint, since there is no loss scaling here that would make one harmless. Ranks share the perturbation: g1 is
+    averaged over them before the step.
     """
 
     class Config(SupervisionConfig):
@@ -155,6 +157,18 @@ class GapMatch(Method):
             True, description="Perturbed passes drop what the first pass dropped (our choice)."
         )
 
+        @model_validator(mode="after")
+        def _combinations(self) -> Self:
+            if self.perturbation_source == "total" and (
+                self.ascent_steps > 1 or self.update == "sequential" or self.perturbation == "random"
+            ):
+                raise ValueError(
+                    "perturbation_source=total goes with update=joint, ascent_steps=1 and no random perturbation"
+                )
+            if self.second_targets == "recomputed" and self.ema_decay is not None:
+                raise ValueError("second_targets=recomputed needs labels of the network itself; leave out ema_decay")
+            return self
+
     def __init__(self, task: Task, config: Config) -> None:
         super().__init__(task, config)
         self.config = config
@@ -167,22 +181,24 @@ class GapMatch(Method):
 
     def losses(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """``supervised`` and ``unsupervised``: the instance perturbation alone. :meth:`step` has both."""
-        labels = self._label(batch.unlabeled)
-        loss = self._consistency(self._views(batch.unlabeled), labels)
+        views, labels = self._views(batch.unlabeled), self._label(batch.unlabeled)
+        loss = self._consistency(views, labels)
         return {"supervised": self._supervised(batch), "unsupervised": self._weights(progress)[0] * loss}
 
     def step(self, batch: Batch, progress: Progress, handles: Handles) -> dict[str, Tensor]:
         """One iteration: g1, the supervised gradient, g2 at perturbed weights, then one or two updates."""
         weight, alpha = self._weights(progress)
         weights = [p for p in self.network.parameters() if p.requires_grad]
-        labels, views = self._label(batch.unlabeled), self._views(batch.unlabeled)
+        views, labels = self._views(batch.unlabeled), self._label(batch.unlabeled)
         dropped = random_state(batch.unlabeled.device)
         unsupervised = self._consistency(views, labels)
         first = _gradients(unsupervised, weights, handles, average=True)
         supervised = self._supervised(batch)
         own = _gradients(supervised, weights, handles, average=self.config.perturbation_source == "total")
         again = _Again(batch.unlabeled, labels, views, dropped)
+        self.log("confident", labels.mask.float().mean())
         self.log("gradient_norm", joint_norm(first))
+        self.log("loss_before", unsupervised)
 
         if self.config.update == "joint":
             if alpha > 0:
@@ -191,9 +207,8 @@ class GapMatch(Method):
             _update(weights, plus(own, first, weight), handles)
         else:
             _update(weights, plus(own, first, weight), handles)
-            if alpha > 0 and weight > 0:
-                with self._undisturbed(again):
-                    first = _gradients(self._consistency(views, labels), weights, handles, average=True)
+            if alpha > 0:
+                first = _gradients(self._again(views, labels, dropped), weights, handles, average=True)
                 second = self._second(again, first, plus(own, first, weight), weights, handles)
                 _update(weights, [weight * alpha * gradient for gradient in second], handles)
         return {"supervised": supervised, "unsupervised": weight * unsupervised}
@@ -213,46 +228,53 @@ class GapMatch(Method):
         direction = first if config.perturbation_source == "unsupervised" else total
         if config.perturbation == "random":
             for p in weights:
-                p.grad = torch.randn(p.shape, generator=self.generator, device=p.device)
+                p.grad = torch.randn(p.shape, generator=self.generator, device=p.device, dtype=p.dtype)
             handles.average_gradients()
             direction = take_gradients(weights)
         scale = "global_l2" if config.perturbation == "random" else config.perturbation
         chosen = [i for i, p in enumerate(weights) if config.perturbed == "all" or p.ndim > 1]
         moved = [weights[i] for i in chosen]
-        with self._undisturbed(again), displaced(moved) as kept:
-            for _ in range(config.ascent_steps):
+        with displaced(moved) as kept:
+            for step in range(1, config.ascent_steps + 1):
                 ascend(moved, [direction[i] for i in chosen], config.epsilon / config.ascent_steps, scale)
-                labels = self._label(again.images) if config.second_targets == "recomputed" else again.labels
-                views = self._views(again.images) if config.second_view == "new" else again.views
-                loss = self._consistency(views, labels)
-                second = _gradients(loss, weights, handles, average=True)
+                labels, views = again.labels, again.views
+                if config.second_targets == "recomputed":
+                    with self._repeating(again.dropped, again.images.device):
+                        labels = self._label(again.images)
+                if config.second_view == "new":
+                    views = self._views(again.images)
+                loss = self._again(views, labels, again.dropped)
+                # The last gradient is averaged over the ranks with the others, by the update.
+                second = _gradients(loss, weights, handles, average=step < config.ascent_steps)
                 direction = direction if config.perturbation == "random" else second
             self.log("perturbation_norm", joint_norm([p.detach() - copy for p, copy in zip(moved, kept, strict=True)]))
-        self.log("unsupervised_perturbed", loss)
+        self.log("loss_after", loss)
         self.log("gradient_agreement", agreement(first, second))
         return second
 
-    def _undisturbed(self, again: _Again) -> ExitStack:
-        """Passes that leave batch-norm statistics alone, and drop what the first one dropped."""
-        stack = ExitStack()
-        if self.config.second_statistics == "unchanged":
-            stack.enter_context(without_statistics(self.network))
-        if self.config.replay_dropout:
-            stack.enter_context(replayed_random(again.dropped, again.images.device))
-        return stack
+    def _again(self, views: Sequence[_View], labels: _Labels, dropped: RandomState) -> Tensor:
+        """L_u once more."""
+        with self._repeating(dropped, labels.mask.device):
+            return self._consistency(views, labels)
+
+    @contextmanager
+    def _repeating(self, dropped: RandomState, device: torch.device) -> Iterator[None]:
+        """For one pass: no statistics are learned, and what the first pass dropped is dropped."""
+        config = self.config
+        quiet = without_statistics(self.network) if config.second_statistics == "unchanged" else nullcontext()
+        with quiet, replayed_random(dropped, device) if config.replay_dropout else nullcontext():
+            yield
 
     @torch.no_grad()
     def _label(self, images: Tensor) -> _Labels:
         """Pseudo-labels of the weak view, and which voxels are confident."""
         network = self.network if self.config.ema_decay is None else self.teacher
         with evaluation_mode(network) if self.config.pseudo_label_mode == "eval" else nullcontext():
-            logits = network(images).float()
+            logits = _exact(network(images))
         confidence, targets = logits.softmax(1).max(1)
         if not self.config.hard_labels:
             targets = (logits / self.config.sharpening_temperature).softmax(1)
-        mask = confidence >= self.threshold
-        self.log("confident", mask.float().mean())
-        return _Labels(targets, mask)
+        return _Labels(targets, confidence >= self.threshold)
 
     def _views(self, images: Tensor) -> list[_View]:
         """Strong views with boxes of other images of the batch."""
@@ -274,7 +296,7 @@ class GapMatch(Method):
             if config.consistency_loss == "ce":
                 terms.append(cross_entropy)
                 continue
-            dice = soft_dice(logits.float().softmax(1), targets, mask=mask)
+            dice = soft_dice(_exact(logits).softmax(1), targets, mask=mask)
             whole = 0.5 * (cross_entropy + config.dice_weight * dice)
             terms.append(whole if config.consistency_loss == "ce_dice" else dice)
         return torch.stack(terms).mean()
@@ -288,7 +310,8 @@ class GapMatch(Method):
         weight = config.unsupervised_weight * gaussian_rampup(done, config.rampup_share * total)
         if done < config.perturbation_start * total:
             return weight, 0.0
-        return weight, config.alpha * gaussian_rampup(done, config.alpha_rampup_share * total)
+        alpha = config.alpha * gaussian_rampup(done, config.alpha_rampup_share * total)
+        return weight, alpha if weight > 0 else 0.0
 
     def after_step(self, progress: Progress) -> None:  # noqa: ARG002
         """Update the moving average, where there is one."""
@@ -299,6 +322,10 @@ class GapMatch(Method):
     def predictor(self) -> nn.Module:
         """The network."""
         return self.network
+
+
+def _exact(logits: Tensor) -> Tensor:
+    return logits if logits.dtype == torch.float64 else logits.float()
 
 
 def _gradients(loss: Tensor, weights: list[nn.Parameter], handles: Handles, *, average: bool) -> list[Tensor]:

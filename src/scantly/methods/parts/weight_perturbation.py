@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 __all__ = [
+    "RandomState",
     "Scale",
     "agreement",
     "ascend",
@@ -25,7 +26,11 @@ __all__ = [
 #: its own norm; ``adaptive``: each weight in proportion to its size.
 Scale = Literal["global_l2", "layer_relative", "adaptive"]
 
+#: State of torch's global generators: the CPU's, and the CUDA device's where that is used.
+RandomState = tuple[Tensor, Tensor | None]
+
 _TINY = 1e-12
+_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def take_gradients(weights: Sequence[nn.Parameter]) -> list[Tensor]:
@@ -49,8 +54,10 @@ def joint_norm(tensors: Sequence[Tensor]) -> Tensor:
 
 def agreement(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
     """Cosine between two lists of tensors, each taken as one long vector; a scalar, 0 where one of them is zero."""
-    products = torch.stack([x.sum() for x in torch._foreach_mul(list(first), list(second))]).sum()
-    return products / (joint_norm(first) * joint_norm(second)).clamp(min=_TINY)
+    units = [
+        torch._foreach_div(list(x), joint_norm(x).clamp(min=torch.finfo(x[0].dtype).tiny)) for x in (first, second)
+    ]
+    return torch.stack([product.sum() for product in torch._foreach_mul(*units)]).sum()
 
 
 @torch.no_grad()
@@ -96,24 +103,21 @@ def displaced(weights: Sequence[nn.Parameter]) -> Iterator[list[Tensor]]:
             torch._foreach_copy_(list(weights), kept)
 
 
-def random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
+def random_state(device: torch.device) -> RandomState:
     """State of torch's global generators of the CPU and of the device; reading it does not wait for the device."""
     return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
 
 
 @contextmanager
-def replayed_random(state: tuple[Tensor, Tensor | None] | None, device: torch.device) -> Iterator[None]:
+def replayed_random(state: RandomState, device: torch.device) -> Iterator[None]:
     """Within it torch's global generators (dropout) draw again what they drew after ``state``.
 
     Afterwards they stand where they stood before.
 
     Args:
-        state: Of :func:`random_state`; ``None``: nothing is replayed.
+        state: Of :func:`random_state`.
         device: Where the network is.
     """
-    if state is None:
-        yield
-        return
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         torch.set_rng_state(state[0])
         if state[1] is not None:
