@@ -414,11 +414,17 @@ def test_a_range_at_the_very_end_stays_within_the_schedule(steps, shares):
     assert t.max() < steps
 
 
-@pytest.mark.parametrize("value", [(0.5, 0.5), (0.9, 0.1), (-0.1, 1.0), (0.0, 1.1)])
+@pytest.mark.parametrize("value", [(0.9, 0.1), (-0.1, 1.0), (0.0, 1.1)])
 @pytest.mark.parametrize("name", ["t_range_labeled", "t_range_unlabeled", "betas"])
 def test_ranges_that_are_none_are_refused(name, value):
     with pytest.raises(ValueError, match="the smaller first"):
         DiffCL.Config(**{name: value})
+
+
+def test_betas_may_be_constant_and_ranges_not_be_empty():
+    assert DiffCL.Config(betas=(0.02, 0.02)).betas == (0.02, 0.02)
+    with pytest.raises(ValueError, match="two shares"):
+        DiffCL.Config(t_range_labeled=(0.5, 0.5))
 
 
 # options

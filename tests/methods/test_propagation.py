@@ -346,7 +346,8 @@ def test_settings_that_do_not_fit_each_other_are_refused():
 def test_too_few_voxels_are_refused():
     part = fill(make(positives=3, negatives=6))
     with pytest.raises(ConfigError, match=r"have 8 voxels at method\.proj_stride=1.*negatives = 9; lower these"):
-        part.loss(maps(2, 2), labels(2, 2), generator())
+        part.check(maps(2, 2))
+    part.check(maps(1, 9, rows=1))
     part.loss(maps(1, 9, rows=1), labels(1, 9, rows=1), generator())
 
 

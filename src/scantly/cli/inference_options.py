@@ -80,8 +80,8 @@ def method_settings(assignments: list[str] | None) -> dict[str, Any]:
     from scantly.training.resolve import parse_sets
 
     values = parse_sets(assignments or [])
-    for section in values:
-        if section != "method":
+    for section, settings in values.items():
+        if section != "method" or not isinstance(settings, dict):
             raise ConfigError(f"--set {section} is nothing that a finished model can change; only method.* is.")
     return dict(values.get("method", {}))
 

@@ -131,8 +131,8 @@ def load_model(path: Path, *, method: Mapping[str, Any] | None = None) -> Model:
         raise RunError(f"{file} does not fit its own network description ({error}).") from error
     network.requires_grad_(False).eval()
     inference = parse(InferenceSettings, content.get("inference", {}), where=f"{file}: inference")
-    configuration = settings.model_dump(mode="json")
-    changed = {name: value for name, value in configuration.items() if value != original.model_dump(mode="json")[name]}
+    configuration, before = settings.model_dump(mode="json"), original.model_dump(mode="json")
+    changed = {name: value for name, value in configuration.items() if value != before[name]}
     return Model(network, task, plan, content["method"], configuration, inference, changed)
 
 

@@ -10,7 +10,7 @@ from pydantic import Field, field_validator, model_validator
 from scantly.errors import ConfigError, times
 from scantly.settings import Settings, merge, parse
 
-__all__ = ["DEFAULT_INFERENCE", "InferenceSettings"]
+__all__ = ["DEFAULT_INFERENCE", "InferenceSettings", "setting_word"]
 
 
 class InferenceSettings(Settings):
@@ -110,14 +110,15 @@ class InferenceSettings(Settings):
             'window-whole_flips-true'
         """
         mine, its = self.to_dict(), usual.to_dict()
-        return "_".join(f"{name}-{_word(value)}" for name, value in mine.items() if value != its[name])
+        return "_".join(f"{name}-{setting_word(value)}" for name, value in mine.items() if value != its[name])
 
     def to_dict(self) -> dict[str, Any]:
         """Plain data of all that shapes the result, thus without ``batch``."""
         return self.model_dump(mode="json", exclude={"batch"})
 
 
-def _word(value: Any) -> str:
+def setting_word(value: Any) -> str:
+    """A setting's value as part of a file name."""
     if isinstance(value, list):
         return "x".join(map(str, value))
     return str(value).lower()

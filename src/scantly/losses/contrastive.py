@@ -221,7 +221,7 @@ def label_propagation(
     near, far = (similarities.gather(2, index.expand(-1, similarities.shape[1], -1)) for index in (nearest, farthest))
     against = (far / temperature).logsumexp(2, keepdim=True)
     per_class = F.softplus(against - near / temperature).mean((1, 2))
-    shares = used / used.sum().clamp(min=1)
+    shares = used.to(per_class.dtype) / used.sum().clamp(min=1)
     with torch.no_grad():
         watched = [(values.mean((1, 2)) * shares).sum() for values in (near, far)]
     return (per_class * shares).sum(), watched[0], watched[1]

@@ -66,7 +66,9 @@ class DiffCL(Method):
         pseudo_confidence: float = Field(
             0.0, ge=0, le=1, description="Cross-entropy counts pseudo-labels at least so probable; 0: all."
         )
-        diffusion_steps: int = Field(1000, ge=2, description="Steps T of the noise process (DDPM).")
+        diffusion_steps: int = Field(
+            1000, ge=2, description="Steps T of the noise process (DDPM); fewer need larger betas to end in noise."
+        )
         betas: tuple[float, float] = Field((1e-4, 2e-2), description="First and last beta, linear between (DDPM).")
         t_range_labeled: tuple[float, float] = Field(
             (0.0, 1.0), description="Steps of labeled maps are uniform between these shares of T (DDPM)."
@@ -76,7 +78,9 @@ class DiffCL(Method):
             description="The same of unlabeled maps; from 0.25 on little is left of the pseudo-label to be copied.",
         )
         ds_pseudo: Literal["one_step", "ddim"] = Field(
-            "one_step", description="DS's pseudo-labels: its prediction at the noised map, or sampled from noise."
+            "one_step",
+            description="DS's pseudo-labels: its prediction at the noised map, or sampled from noise with the "
+            "statistics of the unlabeled rows.",
         )
         ds_pseudo_steps: int = Field(10, ge=1, description="Passes of a sample for ds_pseudo=ddim (DiffVNet).")
         ds_mse: bool = Field(
@@ -106,14 +110,21 @@ class DiffCL(Method):
         sampling_steps: int = Field(10, ge=1, description="Passes of DS per prediction (DiffVNet 10, Diff-UNet 50).")
         sampling_seed: int = Field(0, ge=0, description="Seed of the noise that predictions start from.")
         sampling_clip: bool = Field(
-            False, description="Between passes clip DS's logits to [-1, 1] in place of 2 softmax - 1."
+            False, description="Between the passes of a sample clip DS's logits to [-1, 1] in place of 2 softmax - 1."
         )
 
-        @field_validator("t_range_labeled", "t_range_unlabeled", "betas")
+        @field_validator("t_range_labeled", "t_range_unlabeled")
         @classmethod
-        def _ordered(cls, value: tuple[float, float]) -> tuple[float, float]:
+        def _shares(cls, value: tuple[float, float]) -> tuple[float, float]:
             if not 0 <= value[0] < value[1] <= 1:
                 raise ValueError("give two shares from 0 to 1, the smaller first")
+            return value
+
+        @field_validator("betas")
+        @classmethod
+        def _variances(cls, value: tuple[float, float]) -> tuple[float, float]:
+            if not 0 < value[0] <= value[1] < 1:
+                raise ValueError("give two numbers between 0 and 1, the smaller first")
             return value
 
     #: What a finished model can be asked to do differently.
@@ -225,6 +236,7 @@ class DiffCL(Method):
             "cs_pseudo": config.mu2 * ramp * self._pseudo(logits[labeled:], ds_labels, ds_confidence),
         }
         if self.contrast is not None:
+            self.contrast.check(features[labeled:])
             if progress.iteration >= config.contrast_start * progress.total:
                 contrast, watched = self.contrast.loss(features[labeled:], cs_labels, self.generator)
                 terms["contrast"] = config.mu2 * ramp * config.eta * contrast
@@ -249,8 +261,9 @@ class DiffCL(Method):
             self._arrived = None
 
     def _times(self, rows: int, shares: tuple[float, float]) -> Tensor:
-        first, last = (round(share * self.config.diffusion_steps) for share in shares)
-        last = max(last, first + 1)
+        steps = self.config.diffusion_steps
+        first = min(round(shares[0] * steps), steps - 1)
+        last = max(round(shares[1] * steps), first + 1)
         return torch.randint(first, last, (rows,), generator=self.generator, device=self.generator.device)
 
     def _noise(self, shape: torch.Size) -> Tensor:

@@ -109,13 +109,17 @@ class NoiseSchedule(nn.Module):
         return self.noised(clean, earlier, noise)
 
     def way_back(self, count: int) -> list[int]:
-        """Steps at which a map is restored, from ``T - 1`` to 0 in equal distances, rounded.
+        """Steps at which a map is restored, from ``T - 1`` to 0 in equal distances, rounded; one alone is ``T - 1``.
+
+        There are at most T.
 
         Example:
             >>> NoiseSchedule().way_back(4)
             [999, 666, 333, 0]
         """
-        return [round(t) for t in torch.linspace(self.steps - 1, 0, count, dtype=torch.float64).tolist()]
+        return [
+            round(t) for t in torch.linspace(self.steps - 1, 0, min(count, self.steps), dtype=torch.float64).tolist()
+        ]
 
     @staticmethod
     def _rows(weights: Tensor, t: Tensor, like: Tensor) -> Tensor:

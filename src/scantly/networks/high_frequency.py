@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from scantly.errors import ConfigError, unknown_name
+from scantly.networks.precision import without_autocast
 
 __all__ = ["Extractor", "high_frequency"]
 
@@ -49,7 +50,7 @@ def high_frequency(features: Tensor, kind: Extractor = "avgpool", *, cutoff: flo
     """
     if kind not in get_args(Extractor):
         raise ConfigError(unknown_name("extractor in method.hf_extractor", kind, get_args(Extractor)))
-    with torch.autocast(features.device.type, enabled=False):
+    with without_autocast(features.device):
         exact = features.to(torch.promote_types(features.dtype, torch.float32))
         if kind == "fft":
             high = _fast_part(exact, cutoff)

@@ -14,6 +14,7 @@ from torch.utils.checkpoint import checkpoint as recomputed
 from scantly.errors import ConfigError
 from scantly.networks.blocks import CONV, LINEAR
 from scantly.networks.high_frequency import Extractor, high_frequency
+from scantly.networks.precision import without_autocast
 from scantly.networks.selective_scan import selective_scan
 
 __all__ = ["HighFrequencyMamba", "HighFrequencySkips", "MambaMixer"]
@@ -82,7 +83,7 @@ class MambaMixer(nn.Module):
         u = self.conv(functional.pad(u.transpose(1, 2), (_KERNEL - 1, 0))).transpose(1, 2)
         u = functional.silu(u)
         rank, b, c = self.select(u).split(self.sizes, dim=-1)
-        with torch.autocast(tokens.device.type, enabled=False):
+        with without_autocast(tokens.device):
             # Steps near 0.001 come from biases near -7, of which bf16 keeps one percent.
             delta = functional.softplus(self.step(rank.to(self.step.weight.dtype)))
             y = selective_scan(u, delta, -self.A_log.exp(), b, c, self.Dskip)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from scantly.networks.blocks import CONV, LINEAR
+from scantly.networks.precision import without_autocast
 
 __all__ = ["PyramidHead"]
 
@@ -81,7 +82,7 @@ class PyramidHead(nn.Module):
         image = index // math.prod(finest)
         coordinates = _unravel(index % math.prod(finest), finest)
         parts = []
-        with _without_autocast(index.device):
+        with without_autocast(index.device):
             for level, (features, weight) in enumerate(zip(maps, self._composed(), strict=True)):
                 place, share = index.new_zeros((len(index), 1)), weight.new_ones((len(index), 1))
                 for axis, coordinate in enumerate(coordinates):
@@ -110,7 +111,7 @@ class PyramidHead(nn.Module):
             under autocast.
         """
         parts = []
-        with _without_autocast(maps[-1].device):
+        with without_autocast(maps[-1].device):
             for level, (features, weight) in enumerate(zip(maps, self._composed(), strict=True)):
                 averages = features.to(weight.dtype)
                 # The last axis first, so that the largest map is read once in its own order.
@@ -125,7 +126,7 @@ class PyramidHead(nn.Module):
         """The matrices B_i, each ``(D, widths[i])``, coarsest first, in the precision of the parameters."""
         *inner, whole = [cast(Tensor, mix.weight).flatten(1) for mix in self.mixes]
         composed: list[Tensor] = []
-        with _without_autocast(whole.device):
+        with without_autocast(whole.device):
             for width, mix in zip(self.widths[:0:-1], reversed(inner), strict=True):
                 composed.append(whole[:, -width:])
                 coarser = whole[:, :-width]
@@ -139,10 +140,6 @@ class PyramidHead(nn.Module):
         if tuple(features.shape[2:]) == tuple(size):
             return features
         return functional.interpolate(features, tuple(size), mode=LINEAR[self.spatial_dims], align_corners=True)
-
-
-def _without_autocast(device: torch.device) -> torch.autocast:
-    return torch.autocast(device.type, enabled=False)
 
 
 def _unravel(index: Tensor, size: Sequence[int]) -> list[Tensor]:

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from scantly.networks.precision import without_autocast
+
 __all__ = ["naive_scan", "selective_scan"]
 
 _log = logging.getLogger("scantly")
@@ -76,7 +78,7 @@ def selective_scan(  # noqa: PLR0917 - the paper's order, as everywhere
     if chunk < 1:
         raise ValueError(f"chunk is {chunk}; it counts tokens and must be at least 1.")
     inputs = _checked(_Inputs(u, delta, A, B, C, D))
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device):
         if u.is_cuda and inputs.u.dtype != torch.float64 and u.numel() and (kernel := _kernel()) is not None:
             return _kernel_scan(kernel, inputs)
         chunk = max(1, min(chunk, u.shape[1]))
@@ -108,7 +110,7 @@ def naive_scan(  # noqa: PLR0917 - as selective_scan
         ValueError: Shapes do not belong together.
     """
     u, delta, A, B, C, D = _checked(_Inputs(u, delta, A, B, C, D))
-    with torch.autocast(u.device.type, enabled=False):
+    with without_autocast(u.device):
         h = u.new_zeros(u.shape[0], *A.shape)
         y = []
         for token in range(u.shape[1]):
@@ -156,7 +158,7 @@ class _Scan(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         *inputs, borders = ctx.saved_tensors
         # Autocast is as it was where backward() was called, not as in the forward pass.
-        with torch.autocast(dy.device.type, enabled=False):
+        with without_autocast(dy.device):
             return None, *_backward(_Inputs(*inputs), dy, borders, ctx.chunk, _Inputs(*ctx.needs_input_grad[1:]))
 
 

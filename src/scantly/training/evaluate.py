@@ -15,6 +15,7 @@ from scantly.files import write_json
 from scantly.imaging import file_ending, geometry_difference, read_label, stem
 from scantly.inference.outputs import write_prediction
 from scantly.inference.predict import Predictor
+from scantly.inference.settings import setting_word
 from scantly.training.progress import ProgressLine
 from scantly.training.run import Run
 
@@ -106,7 +107,7 @@ def evaluate_run(
 def _difference(predictor: Predictor) -> str:
     """How the prediction differs from the one that the run's protocol says; empty if it does not."""
     parts = [predictor.settings.difference(predictor.model.inference)]
-    parts += [f"{name}-{value}" for name, value in sorted(predictor.model.changed.items())]
+    parts += [f"{name}-{setting_word(value)}" for name, value in sorted(predictor.model.changed.items())]
     parts += [] if predictor.precision == "32" else [predictor.precision]
     return "_".join(part for part in parts if part)
 

@@ -23,6 +23,12 @@ class CrossPredictor(nn.Module):
         steps: Passes of a sample.
         seed: Of the noise.
         clip: See :meth:`DiffusionNetwork.sample`.
+
+    Attributes:
+        factors: What each side of an image must be divisible by.
+
+    Raises:
+        ValueError: if the diffusion network is asked for and not there.
     """
 
     def __init__(
@@ -36,7 +42,10 @@ class CrossPredictor(nn.Module):
         clip: bool,
     ) -> None:
         super().__init__()
+        if ds is None and infer != "cs":
+            raise ValueError(f"infer={infer} needs a diffusion network.")
         self.cs, self.ds = cs, ds
+        self.factors = cs.backbone.factors
         self.infer, self.steps, self.seed, self.clip = infer, steps, seed, clip
 
     def forward(self, images: Tensor) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, cast
 
 import torch
@@ -64,6 +65,11 @@ class LabelPropagation(nn.Module):
                 f"method.positives + method.negatives is {config.positives + config.negatives}, and only "
                 f"{config.candidates} candidates are drawn; raise method.candidates."
             )
+        if config.proj_stride > min(task.patch_size):
+            raise ConfigError(
+                f"method.proj_stride is {config.proj_stride}, and the patch's shortest side {min(task.patch_size)} "
+                "voxels; lower it."
+            )
         if config.anchors > config.queue:
             raise ConfigError(
                 f"method.anchors is {config.anchors}, and a queue holds {config.queue}; lower it or raise method.queue."
@@ -77,6 +83,20 @@ class LabelPropagation(nn.Module):
             self.bank_head = pointwise_head(task.spatial_dims, widths, norm=True).requires_grad_(False)
         self.banks = nn.ModuleList(MemoryBank(config.queue, (config.embedding,)) for _ in task.classes)
 
+    def check(self, features: Tensor) -> None:
+        """Refuse features of unlabeled rows with fewer voxels than positives and negatives.
+
+        Raises:
+            ConfigError: naming the settings.
+        """
+        config = self.config
+        voxels = len(features) * math.prod(side // config.proj_stride for side in features.shape[2:])
+        if voxels < config.positives + config.negatives:
+            raise ConfigError(
+                f"the unlabeled rows have {voxels} voxels at method.proj_stride={config.proj_stride}, but the contrast "
+                f"takes method.positives + method.negatives = {config.positives + config.negatives}; lower these."
+            )
+
     def loss(self, features: Tensor, predicted: Tensor, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         """The contrast of unlabeled voxels with the banks.
 
@@ -87,18 +107,9 @@ class LabelPropagation(nn.Module):
 
         Returns:
             Scalar, and what is worth logging.
-
-        Raises:
-            ConfigError: if there are fewer voxels than positives and negatives.
         """
         config = self.config
         predicted = self._strided(predicted).flatten()
-        if len(predicted) < config.positives + config.negatives:
-            raise ConfigError(
-                f"the unlabeled rows have {len(predicted)} voxels at method.proj_stride={config.proj_stride}, but the "
-                f"contrast takes method.positives + method.negatives = {config.positives + config.negatives}; lower "
-                "these."
-            )
         embedded = self.head(self._pooled(features))
         candidates = unit(_at(embedded, self._candidates(predicted, generator)))
         banks = [cast(MemoryBank, bank) for bank in self.banks]
@@ -127,8 +138,7 @@ class LabelPropagation(nn.Module):
         keys = torch.rand(len(predicted), generator=generator, device=generator.device)
         if self.config.candidate_sampling == "stratified":
             labels = torch.arange(self.classes, device=predicted.device)
-            share = min(count // self.classes, len(predicted))
-            index, drawn = draw_distinct(predicted == labels[:, None], share, generator)
+            index, drawn = draw_distinct(predicted == labels[:, None], count // self.classes, generator)
             # Drawn ones first; what is missing is filled up uniformly from the others.
             spare = torch.cat([keys, keys[:1]])
             keys = spare.scatter(0, torch.where(drawn, index, len(keys)).flatten(), 2.0)[:-1]
