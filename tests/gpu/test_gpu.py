@@ -46,6 +46,9 @@ VARIANTS += [
         {"perturbation": "adaptive", "second_targets": "recomputed", "second_view": "new"},
         id="gapmatch-adaptive",
     ),
+    pytest.param("diffcl", {"hf_in": ("cs", "ds"), "ds_mse": True}, id="diffcl-both"),
+    pytest.param("diffcl", {"ds_pseudo": "ddim", "ds_pseudo_steps": 2}, id="diffcl-ddim"),
+    pytest.param("diffcl", {"candidate_sampling": "stratified", "proj_stride": 2}, id="diffcl-stratified"),
 ]
 
 
@@ -116,3 +119,16 @@ def test_windows_on_the_gpu_give_what_the_cpu_gives(window):
         for device in ("cpu", "cuda")
     ]
     np.testing.assert_allclose(probs[0], probs[1], atol=2e-3)  # convolutions in TF32
+
+
+@pytest.mark.parametrize("infer", ["cs", "ds", "mean"])
+def test_samples_on_the_gpu_are_those_of_the_cpu(infer):
+    """The noise is drawn on the CPU, so that a prediction does not depend on the device."""
+    torch.manual_seed(0)
+    method_class = catalogue.load("diffcl")
+    task = Task(1, ("background", "a"), 2, (32, 32), "unet", {"widths": [8, 16], "dropout": [0.0, 0.0]})
+    predictor = method_class(task, method_class.Config(infer=infer, sampling_steps=3)).predictor.eval()
+    images = torch.rand(2, 1, 32, 32)
+    with torch.no_grad():
+        probs = [predictor.to(device)(images.to(device)).softmax(1).cpu() for device in ("cpu", "cuda")]
+    torch.testing.assert_close(probs[0], probs[1], atol=5e-3, rtol=0)  # convolutions in TF32

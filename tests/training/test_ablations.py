@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from scantly.settings import merge
-from scantly.training.resolve import resolve
+from scantly.training.resolve import parse_sets, resolve
 from scantly.training.train import train_config
 
 SMALL = {
@@ -14,9 +14,12 @@ SMALL = {
     "plgcl": {"patch_budget": 8},
     "lclpl": {"seg_rows": 4, "pairs": 4},
     "gapmatch": {"confidence_threshold": 0.5},
+    "diffcl": {"queue": 64, "pushed": 8, "anchors": 8, "candidates": 64, "positives": 4, "negatives": 8},
 }
 #: The term that each method is about.
-TERM = {"arco": "contrast", "plgcl": "contrast", "lclpl": "contrast", "gapmatch": "unsupervised"}
+TERM = {"gapmatch": "unsupervised"} | dict.fromkeys(("arco", "plgcl", "lclpl", "diffcl"), "contrast")
+#: Switches without which that term is gone.
+WITHOUT = ("contrast_weight=0", "use_ds=false", "use_cl=false")
 ABLATIONS = [
     ("arco", "sampler=naive"),
     ("arco", "sampler=sag"),
@@ -52,6 +55,21 @@ ABLATIONS = [
     ("gapmatch", "consistency_loss=dice hard_labels=false"),
     ("gapmatch", "ema_decay=0.9 pseudo_label_mode=eval"),
     ("gapmatch", "strong_views=2 alpha_rampup_share=0.5"),
+    ("diffcl", "use_ds=false"),
+    ("diffcl", "use_hf=false"),
+    ("diffcl", "use_cl=false"),
+    ("diffcl", "use_ds=false use_hf=false use_cl=false"),
+    ("diffcl", "hf_in=[cs,ds] hf_levels=[1] hf_directions=4"),
+    ("diffcl", "hf_extractor=haar hf_checkpoint=true"),
+    ("diffcl", "hf_extractor=fft hf_token_stride=2"),
+    ("diffcl", "ds_pseudo=ddim ds_pseudo_steps=2"),
+    ("diffcl", "t_range_unlabeled=[0.25,1] ds_mse=true"),
+    ("diffcl", "pseudo_confidence=0.5 ds_optimizer=recipe"),
+    ("diffcl", "share_head=false pair_level=anchor"),
+    ("diffcl", "candidate_sampling=stratified proj_stride=2"),
+    ("diffcl", "network_dropout=true"),
+    ("diffcl", "infer=ds sampling_steps=2"),
+    ("diffcl", "infer=mean sampling_steps=2"),
 ]
 
 
@@ -59,14 +77,13 @@ ABLATIONS = [
 def test_it_trains_to_the_end_and_its_terms_are_those_that_are_left(cohort, tiny, tmp_path, method, switches):
     torch.set_num_threads(1)
     sets = merge(tiny, {"method": SMALL[method], "data": {"store": str(tmp_path / "store")}})
-    chosen = dict(switch.split("=") for switch in switches.split())
-    typed = {key: {"true": True, "false": False}.get(value, value) for key, value in chosen.items()}
-    config = resolve(cohort, flags={"method": method, "labeled": 1}, sets=merge(sets, {"method": typed}))
+    chosen = switches.split()
+    typed = parse_sets([f"method.{switch}" for switch in chosen])
+    config = resolve(cohort, flags={"method": method, "labeled": 1}, sets=merge(sets, typed))
     log = train_config(config, tmp_path / "run", quiet=True).log()
     losses = log[log["name"].str.startswith("loss/")]
     assert losses["value"].notna().all()
     for term in ("contrast", "nearest_neighbor", "unsupervised", "instance_global", "instance_local"):
-        if chosen.get(f"{term}_weight") == "0":
+        if f"{term}_weight=0" in chosen:
             assert f"loss/{term}" not in set(losses["name"])
-    if chosen.get(f"{TERM[method]}_weight") != "0":
-        assert f"loss/{TERM[method]}" in set(losses["name"])
+    assert (f"loss/{TERM[method]}" in set(losses["name"])) == (not set(chosen) & set(WITHOUT))
