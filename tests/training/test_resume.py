@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import random
@@ -92,8 +93,14 @@ def configuration(cohort: Path, tiny: dict[str, Any], method: str, workers: int,
     )
 
 
-@pytest.mark.parametrize(("dims", "workers"), [(2, 0), (2, 2), (3, 0), (3, 2)], ids=str)
-@pytest.mark.parametrize("method", ["supervised", "mean_teacher"])
+@pytest.mark.parametrize(
+    ("method", "dims", "workers"),
+    [
+        *itertools.product(["supervised", "mean_teacher"], (2, 3), (0, 2)),
+        *itertools.product(["gapmatch", "diffcl"], (2,), (0,)),
+        *itertools.product(["gapmatch", "diffcl"], (3,), (2,)),
+    ],
+)
 def test_killed_anywhere_and_resumed_is_bit_identical(cohort, tiny, tmp_path, method, dims, workers):
     store = tmp_path / "store"
     if dims == 3:
