@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import get_args
 
 import pytest
@@ -338,7 +339,7 @@ def test_steps_and_scan_keep_float32_under_autocast(monkeypatch):
 
 
 def test_parameters_without_weight_decay():
-    skips = HighFrequencySkips(3, (4, 8, 16), (1, 2), directions=6)
+    skips = HighFrequencySkips((4, 8, 16), (1, 2), partial(HighFrequencyMamba, 3, directions=6))
     names = {id(p): name for name, p in skips.named_parameters()}
     found = [names[id(p)] for p in skips.undecayed()]
     assert len(found) == 2 * (1 + 6 * 2)
@@ -351,7 +352,7 @@ def test_parameters_without_weight_decay():
 def test_blocks_change_the_skips_of_their_levels_only():
     torch.manual_seed(0)
     network = VNet(3, 1, 2, widths=[2, 4, 8, 16], dropout=0).eval()
-    skips = HighFrequencySkips(3, network.widths, (3, 2), extractor="haar")
+    skips = HighFrequencySkips(network.widths, (3, 2), partial(HighFrequencyMamba, 3, extractor="haar"))
     images = torch.randn(1, 1, 16, 16, 8)
     features = network.encode(images)
     assert torch.equal(network.decode(skips(features)), network(images))
@@ -363,7 +364,9 @@ def test_blocks_change_the_skips_of_their_levels_only():
     assert [a is b for a, b in zip(replaced, features, strict=True)] == [True, False, False, True]
     assert torch.equal(replaced[1], skips.blocks[0](features[1]))
     assert torch.equal(replaced[2], skips.blocks[1](features[2]))
-    assert parameters(HighFrequencySkips(3, VNet(3, 1, 2).widths, (3, 4))) == 21_089 + 75_969
+    assert (
+        parameters(HighFrequencySkips(VNet(3, 1, 2).widths, (3, 4), partial(HighFrequencyMamba, 3))) == 21_089 + 75_969
+    )
 
 
 @pytest.mark.parametrize("level", [0, 3, -1])
@@ -373,7 +376,7 @@ def test_a_level_without_skip_is_refused(level):
         r"at levels 1 to 2; choose method\.hf_levels among those\."
     )
     with pytest.raises(ConfigError, match=message):
-        HighFrequencySkips(2, (4, 8, 16), (1, level))
+        HighFrequencySkips((4, 8, 16), (1, level), partial(HighFrequencyMamba, 2))
 
 
 @pytest.mark.parametrize(
@@ -383,7 +386,7 @@ def test_directions_that_do_not_exist_are_refused(dims, directions, known):
     with pytest.raises(
         ConfigError, match=rf"{directions} directions do not exist in {dims}D; set method\.hf_directions"
     ):
-        HighFrequencySkips(dims, (4, 8), (1,), directions=directions)
+        HighFrequencyMamba(dims, 4, directions=directions)
     with pytest.raises(ConfigError, match=f"to {known}"):
         HighFrequencyMamba(dims, 8, directions=directions)
 
@@ -393,4 +396,4 @@ def test_boxes_in_which_haar_leaves_nothing_are_refused():
     assert functional.avg_pool3d(high, 2).abs().max() < 1e-12
     message = r"boxes 2 voxels wide .* haar .* method\.hf_extractor or set method\.hf_token_stride to 1\."
     with pytest.raises(ConfigError, match=message):
-        HighFrequencySkips(3, (4, 8), (1,), extractor="haar", token_stride=2)
+        HighFrequencyMamba(3, 4, extractor="haar", token_stride=2)

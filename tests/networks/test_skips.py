@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 
 from scantly.networks import build
-from scantly.networks.mamba import HighFrequencySkips
+from scantly.networks.mamba import HighFrequencyMamba, HighFrequencySkips
 from scantly.networks.skips import SkipNetwork
 
 NETWORKS = ["unet", "unet3d", "vnet", "dynunet"]
@@ -24,7 +26,9 @@ def backbone_of(name, dims):
 
 def network_of(name="unet", dims=2, levels=(2,), gamma=0.0):
     backbone = backbone_of(name, dims)
-    network = SkipNetwork(backbone, HighFrequencySkips(dims, backbone.widths, levels)).eval()
+    network = SkipNetwork(
+        backbone, HighFrequencySkips(backbone.widths, levels, partial(HighFrequencyMamba, dims))
+    ).eval()
     with torch.no_grad():
         for block in network.skips.blocks:
             block.gamma.fill_(gamma)

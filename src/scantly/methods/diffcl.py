@@ -13,17 +13,14 @@ from scantly.losses import masked_cross_entropy, soft_dice
 from scantly.methods.base import Batch, Handles, Method, OptimizerSpec, Progress, Rows, Stage, Task
 from scantly.methods.parts.batch_norm import without_statistics
 from scantly.methods.parts.cross_prediction import CrossPredictor
+from scantly.methods.parts.detail import DetailConfig
 from scantly.methods.parts.propagation import LabelPropagation, PropagationConfig
 from scantly.methods.parts.ramps import gaussian_rampup
 from scantly.methods.parts.supervision import SupervisionConfig
 from scantly.networks.diffusion import DiffusionNetwork, NoiseSchedule, signed_one_hot
-from scantly.networks.high_frequency import Extractor
-from scantly.networks.mamba import HighFrequencySkips
 from scantly.networks.skips import SkipNetwork
 
 __all__ = ["DiffCL"]
-
-_HF_LEVELS = (3, 4)
 
 
 class DiffCL(Method):
@@ -52,7 +49,7 @@ class DiffCL(Method):
     DS's alone unless the recipe clips.
     """
 
-    class Config(PropagationConfig, SupervisionConfig):
+    class Config(PropagationConfig, DetailConfig, SupervisionConfig):
         """Settings of Diff-CL; defaults are our choice unless another source is named."""
 
         mu1: float = Field(0.1, ge=0, description="Weight of DS's pseudo-label term, after the ramp.")
@@ -61,7 +58,6 @@ class DiffCL(Method):
         rampup_share: float = Field(0.4, ge=0, le=1, description="Share of the iterations until mu1 and mu2 are whole.")
         contrast_start: float = Field(0.1, ge=0, le=1, description="Share of the iterations without contrast at first.")
         use_ds: bool = Field(True, description="The diffusion network; without it CS learns from labeled images alone.")
-        use_hf: bool = Field(True, description="The high-frequency Mamba blocks.")
         use_cl: bool = Field(True, description="The contrast; it needs the diffusion network.")
         pseudo_confidence: float = Field(
             0.0, ge=0, le=1, description="Cross-entropy counts pseudo-labels at least so probable; 0: all."
@@ -93,17 +89,6 @@ class DiffCL(Method):
         network_dropout: bool = Field(
             False, description="Keep the backbones' dropout; else pseudo-labels are deterministic."
         )
-        hf_in: tuple[Literal["cs", "ds"], ...] = Field(("cs",), description="Networks that have Mamba blocks.")
-        hf_levels: tuple[int, ...] | None = Field(
-            None, description="Levels whose skip has one, 1 the finest; none: 3 and 4, else the deepest there is."
-        )
-        hf_extractor: Extractor = Field("avgpool", description="How high frequencies are extracted.")
-        hf_cutoff: float = Field(0.125, ge=0, le=0.5, description="Cutoff of the extractor fft, cycles per voxel.")
-        hf_directions: int = Field(2, description="Scans: 1, 2, or along all orders of the axes 4 (2D), 6 (3D).")
-        hf_token_stride: int = Field(1, ge=1, description="Side of the boxes of voxels that become one token.")
-        hf_reduction: int = Field(2, ge=1, description="Channels of the features per channel of a token.")
-        hf_state: int = Field(8, ge=1, description="Numbers that a scan remembers per inner channel.")
-        hf_checkpoint: bool = Field(False, description="Compute the blocks again for the gradient: less memory.")
         infer: Literal["cs", "ds", "mean"] = Field(
             "cs", description="What predicts: CS, DS sampled from noise, or the mean of both's probabilities."
         )
@@ -156,25 +141,8 @@ class DiffCL(Method):
             for module in backbone.modules():
                 if isinstance(module, nn.modules.dropout._DropoutNd):
                     module.p = 0.0
-        if not (config.use_hf and name in config.hf_in):
-            return SkipNetwork(backbone)
-        deepest = len(backbone.widths) - 1
-        usual = [level for level in _HF_LEVELS if level <= deepest] or [deepest]
-        return SkipNetwork(
-            backbone,
-            HighFrequencySkips(
-                task.spatial_dims,
-                backbone.widths,
-                usual if config.hf_levels is None else config.hf_levels,
-                reduction=config.hf_reduction,
-                state=config.hf_state,
-                extractor=config.hf_extractor,
-                cutoff=config.hf_cutoff,
-                directions=config.hf_directions,
-                token_stride=config.hf_token_stride,
-                checkpoint=config.hf_checkpoint,
-            ),
-        )
+        blocks = config.use_hf and name in config.hf_in
+        return SkipNetwork(backbone, config.high_frequency_skips(backbone) if blocks else None)
 
     def stages(self) -> list[Stage]:
         """One; without the diffusion network no unlabeled images are loaded."""

@@ -232,41 +232,22 @@ class HighFrequencySkips(nn.Module):
     see it. That the blocks sit there is our choice.
 
     Args:
-        spatial_dims: 2 or 3.
         widths: Channels per level of the network, finest first.
         levels: Levels with a block, counted from 1, the finest. The deepest level has no skip.
-        reduction: See :class:`HighFrequencyMamba`, as for all that follow.
-        state: Numbers that a scan remembers per inner channel.
-        extractor: How high frequencies are extracted.
-        cutoff: For the extractor ``fft``, in cycles per voxel.
-        directions: Scans per block.
-        token_stride: Side of the boxes averaged to one token.
-        checkpoint: Less memory, more time.
+        block: Makes the block of a level from its channels.
 
     Raises:
-        ConfigError: for a level that has no skip, a number of directions that these dimensions do not have, or the
-            extractor ``haar`` with an even token stride.
+        ConfigError: for a level that has no skip.
 
     Example:
-        >>> skips = HighFrequencySkips(2, (4, 8, 16), levels=(2,))
+        >>> skips = HighFrequencySkips((4, 8, 16), levels=(2,), block=lambda channels: HighFrequencyMamba(2, channels))
         >>> features = [torch.rand(1, 4, 8, 8), torch.rand(1, 8, 4, 4), torch.rand(1, 16, 2, 2)]
         >>> [a is b for a, b in zip(skips(features), features)]
         [True, False, True]
     """
 
     def __init__(
-        self,
-        spatial_dims: Literal[2, 3],
-        widths: Sequence[int],
-        levels: Sequence[int],
-        *,
-        reduction: int = 2,
-        state: int = 8,
-        extractor: Extractor = "avgpool",
-        cutoff: float = 0.125,
-        directions: int = 2,
-        token_stride: int = 1,
-        checkpoint: bool = False,
+        self, widths: Sequence[int], levels: Sequence[int], block: Callable[[int], HighFrequencyMamba]
     ) -> None:
         super().__init__()
         for level in levels:
@@ -276,20 +257,7 @@ class HighFrequencySkips(nn.Module):
                     f"with skip connections at levels 1 to {len(widths) - 1}; choose method.hf_levels among those."
                 )
         self.levels = tuple(sorted(set(levels)))
-        self.blocks = nn.ModuleList(
-            HighFrequencyMamba(
-                spatial_dims,
-                widths[level - 1],
-                reduction=reduction,
-                state=state,
-                extractor=extractor,
-                cutoff=cutoff,
-                directions=directions,
-                token_stride=token_stride,
-                checkpoint=checkpoint,
-            )
-            for level in self.levels
-        )
+        self.blocks = nn.ModuleList(block(widths[level - 1]) for level in self.levels)
 
     def undecayed(self) -> list[nn.Parameter]:
         """Parameters that weight decay leaves alone, of all blocks."""
