@@ -194,7 +194,8 @@ class GapMatch(Method):
         unsupervised = self._consistency(views, labels)
         first = _gradients(unsupervised, weights, handles, average=True)
         supervised = self._supervised(batch)
-        own = _gradients(supervised, weights, handles, average=self.config.perturbation_source == "total")
+        by_total = self.config.perturbation_source == "total"
+        own = _gradients(supervised, weights, handles, average=by_total)
         again = _Again(batch.unlabeled, labels, views, dropped)
         self.log("confident", labels.mask.float().mean())
         self.log("gradient_norm", joint_norm(first))
@@ -202,14 +203,14 @@ class GapMatch(Method):
 
         if self.config.update == "joint":
             if alpha > 0:
-                second = self._second(again, first, plus(own, first, weight), weights, handles)
-                first = plus(first, second, alpha)
+                source = plus(own, first, weight) if by_total else first
+                first = plus(first, self._second(again, first, source, weights, handles), alpha)
             _update(weights, plus(own, first, weight), handles)
         else:
             _update(weights, plus(own, first, weight), handles)
             if alpha > 0:
                 first = _gradients(self._again(views, labels, dropped), weights, handles, average=True)
-                second = self._second(again, first, plus(own, first, weight), weights, handles)
+                second = self._second(again, first, first, weights, handles)
                 _update(weights, [weight * alpha * gradient for gradient in second], handles)
         return {"supervised": supervised, "unsupervised": weight * unsupervised}
 
@@ -217,15 +218,14 @@ class GapMatch(Method):
         self,
         again: _Again,
         first: list[Tensor],
-        total: list[Tensor],
+        direction: list[Tensor],
         weights: list[nn.Parameter],
         handles: Handles,
     ) -> list[Tensor]:
-        """g2, the gradient of the consistency at perturbed weights; the weights end as they were."""
+        """g2, the gradient of the consistency at weights moved along ``direction``; they end as they were."""
         config = self.config
         if config.epsilon == 0:
             return first
-        direction = first if config.perturbation_source == "unsupervised" else total
         if config.perturbation == "random":
             for p in weights:
                 p.grad = torch.randn(p.shape, generator=self.generator, device=p.device, dtype=p.dtype)
