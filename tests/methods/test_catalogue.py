@@ -1,3 +1,4 @@
+import json
 import subprocess
 import sys
 
@@ -28,6 +29,20 @@ def test_every_setting_is_described():
     for name in catalogue.methods():
         settings = catalogue.describe(name)["settings"]
         assert all(field["description"] for field in settings.values()), name
+
+
+def test_descriptions_are_plain_data():
+    for name in catalogue.methods():
+        described = catalogue.describe(name)
+        assert json.loads(json.dumps(described)) == described, name
+
+
+def test_settings_within_settings_are_told_one_by_one():
+    settings = catalogue.describe("gapmatch")["settings"]
+    assert settings["cutmix.probability"]["default"] == 0.5
+    assert settings["cutmix.area"]["default"] == [0.02, 0.4]
+    assert settings["strong"]["default"] is None
+    assert "cutmix" not in settings
 
 
 def test_description_states_defaults():

@@ -8,6 +8,7 @@ from importlib.metadata import entry_points
 from typing import TYPE_CHECKING, Any
 
 from scantly.errors import ConfigError, unknown_name
+from scantly.settings import Settings
 
 if TYPE_CHECKING:
     from scantly.methods.base import Method
@@ -132,26 +133,39 @@ def describe(name: str) -> dict[str, Any]:
 
     Returns:
         Keys ``name``, ``title``, ``paper``, ``summary``, ``description`` (the docstring), and ``settings``:
-        name -> ``{"default", "type", "description"}``.
+        name -> ``{"default", "type", "description"}``; settings within settings have dotted names.
     """
     import inspect
 
     entry = find(name)
     method = load(name)
-    schema = method.Config.model_json_schema()["properties"] if method.Config.model_fields else {}
-    settings = {
-        key: {
-            "default": field.get_default(),
-            "type": " | ".join(map(str, schema[key]["enum"])) if "enum" in schema[key] else schema[key].get("type", ""),
-            "description": field.description or "",
-        }
-        for key, field in method.Config.model_fields.items()
-    }
     return {
         "name": entry.name,
         "title": entry.title,
         "paper": entry.paper,
         "summary": entry.summary,
         "description": inspect.cleandoc(method.__doc__ or ""),
-        "settings": settings,
+        "settings": _settings(method.Config),
     }
+
+
+def _settings(kind: type[Settings]) -> dict[str, dict[str, Any]]:
+    """Default, type and meaning of each setting; settings within settings by their dotted names."""
+    schema = kind.model_json_schema()["properties"] if kind.model_fields else {}
+    defaults = {
+        key: None if field.is_required() else field.get_default(call_default_factory=True)
+        for key, field in kind.model_fields.items()
+    }
+    plain = kind.model_construct(**defaults).model_dump(mode="json", warnings=False)
+    found: dict[str, dict[str, Any]] = {}
+    for key, field in kind.model_fields.items():
+        if isinstance(defaults[key], Settings):
+            found |= {f"{key}.{inner}": told for inner, told in _settings(type(defaults[key])).items()}
+            continue
+        choices = schema[key].get("enum")
+        found[key] = {
+            "default": plain[key],
+            "type": " | ".join(map(str, choices)) if choices else schema[key].get("type", ""),
+            "description": field.description or "",
+        }
+    return found
