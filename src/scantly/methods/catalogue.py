@@ -159,8 +159,9 @@ def _settings(kind: type[Settings]) -> dict[str, dict[str, Any]]:
     plain = kind.model_construct(**defaults).model_dump(mode="json", warnings=False)
     found: dict[str, dict[str, Any]] = {}
     for key, field in kind.model_fields.items():
-        if isinstance(defaults[key], Settings):
-            found |= {f"{key}.{inner}": told for inner, told in _settings(type(defaults[key])).items()}
+        default: object = defaults[key]
+        if isinstance(default, Settings):
+            found |= {f"{key}.{inner}": told for inner, told in _settings(type(default)).items()}
             continue
         choices = schema[key].get("enum")
         found[key] = {
