@@ -132,8 +132,8 @@ class GapMatch(Method):
         strong_views: int = Field(1, ge=1, description="Strong views per image; their losses are averaged.")
         strong: StrongConfig | None = Field(
             None,
-            description="The strong view; none: UniMatch's in 2D, jitter, slight blur and noise in 3D. Where some of its "
-            "settings are given (strong.p_blur, ...) the others are UniMatch's.",
+            description="The strong view; none: UniMatch's in 2D, jitter, slight blur and noise in 3D. Where some "
+            "settings of it are given (strong.p_blur, ...) the others are UniMatch's.",
         )
         cutmix: CutMixConfig = Field(CutMixConfig(), description="Boxes of other images in the strong view.")
         perturbation: Literal["global_l2", "layer_relative", "adaptive", "random"] = Field(
