@@ -130,7 +130,7 @@ def test_the_asked_predictor_is_judged_apart(scantly, crossing: Path) -> None:
     assert outcome.status == 0, outcome.err
     summary = json.loads(outcome.out)
     assert summary["name"] == "test_infer-ds_sampling_steps-2"
-    assert summary["inference"]["infer"] == "ds"
+    assert summary["changed"] == {"infer": "ds", "sampling_steps": 2}
     assert (crossing / "evaluation" / "test_infer-ds_sampling_steps-2.csv").is_file()
     assert not (crossing / "evaluation" / "test.json").exists()
 

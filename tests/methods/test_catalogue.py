@@ -43,6 +43,17 @@ def test_settings_within_settings_are_told_one_by_one():
     assert settings["cutmix.area"]["default"] == [0.02, 0.4]
     assert settings["strong"]["default"] is None
     assert "cutmix" not in settings
+    assert catalogue.describe("plgcl")["settings"]["strong.p_noise"]["default"] == 0.5  # PLGCL's, not StrongConfig's
+
+
+@pytest.mark.parametrize("name", [entry.name for entry in catalogue.CATALOGUE])
+def test_the_defaults_that_are_told_are_those_that_hold(name):
+    plain = catalogue.load(name).Config().model_dump(mode="json")
+    for key, told in catalogue.describe(name)["settings"].items():
+        value = plain
+        for part in key.split("."):
+            value = value[part]
+        assert told["default"] == value, key
 
 
 def test_description_states_defaults():

@@ -251,7 +251,7 @@ def test_without_weights_a_step_is_supervised_training_of_both():
         for group in sgd.param_groups:
             group["lr"] = 0.05 * factor
         adamw.param_groups[0]["lr"] = 0.01 * factor
-        logits = cs(images)
+        logits = cs(images)[0]
         clean = functional.one_hot(torch.cat([y, logits[2:].argmax(1)]), 3).movedim(-1, 1) * 2.0 - 1
         t = torch.cat([torch.randint(1000, (2,), generator=generator) for _ in range(2)])
         noise = torch.randn(clean.shape, generator=generator)
@@ -510,7 +510,7 @@ def test_the_backbones_drop_nothing_unless_told_to(network, dims):
             assert any(rates) == keep
     images = make_batch(dims).labeled
     method = make(dims, network)
-    assert torch.equal(method.cs(images), method.cs(images))
+    assert torch.equal(method.cs(images)[0], method.cs(images)[0])
 
 
 @pytest.mark.parametrize(("count", "levels"), [(2, {1}), (3, {2}), (4, {3}), (5, {3, 4}), (6, {3, 4})], ids=str)
@@ -562,7 +562,7 @@ def test_without_the_diffusion_network_it_is_supervised_training():
     (stage,) = method.stages()
     assert stage.unlabeled.count == 0
     assert (method.ds, method.contrast) == (None, None)
-    expected = seg(copy.deepcopy(method.cs)(batch.labeled), batch.labels).item()
+    expected = seg(copy.deepcopy(method.cs)(batch.labeled)[0], batch.labels).item()
     terms = method.losses(batch, at(LATE))
     assert list(terms) == ["cs_supervised"]
     assert terms["cs_supervised"].item() == pytest.approx(expected, rel=1e-5)
@@ -574,7 +574,7 @@ def test_without_the_diffusion_network_it_is_supervised_training():
 
 def test_what_needs_the_missing_network_is_refused():
     for infer in ("ds", "mean"):
-        with pytest.raises(ConfigError, match=f"infer={infer} needs the diffusion network; set method.use_ds=true"):
+        with pytest.raises(ConfigError, match=f"infer={infer} needs the diffusion network, and method.use_ds is false"):
             make(use_ds=False, infer=infer)
 
 
@@ -817,7 +817,7 @@ def predictor_of(infer="cs", dims=2, **settings):
 def test_the_convolutional_network_predicts_alone_by_default(dims):
     method, predictor, images = predictor_of(dims=dims)
     method.ds.register_forward_hook(lambda *_: pytest.fail("one pass is enough"))
-    assert torch.equal(predictor(images), method.cs(images))
+    assert torch.equal(predictor(images), method.cs(images)[0])
 
 
 @pytest.mark.parametrize("dims", [2, 3])
@@ -827,13 +827,13 @@ def test_a_sample_from_noise_of_the_seed_predicts(dims, clip):
     noise = torch.randn(1, 3, *images.shape[2:], generator=torch.Generator().manual_seed(5))
     expected = method.ds.sample(images, noise.repeat(2, *[1] * (dims + 1)), steps=3, clip=clip)
     assert torch.equal(predictor(images), expected)
-    assert not torch.allclose(expected, method.cs(images))
+    assert not torch.allclose(expected, method.cs(images)[0])
 
 
 def test_the_mean_is_that_of_the_probabilities():
     method, predictor, images = predictor_of("mean")
     noise = torch.randn(1, 3, 16, 16, generator=torch.Generator().manual_seed(0)).repeat(2, 1, 1, 1)
-    expected = (method.cs(images).softmax(1) + method.ds.sample(images, noise, steps=3).softmax(1)) / 2
+    expected = (method.cs(images)[0].softmax(1) + method.ds.sample(images, noise, steps=3).softmax(1)) / 2
     torch.testing.assert_close(predictor(images).softmax(1), expected)
     torch.testing.assert_close(predictor(images).exp(), expected)
 

@@ -182,12 +182,12 @@ def crossing(cohort, tmp_path_factory):
 def test_what_the_method_was_asked_for_has_a_place_of_its_own(crossing):
     usual = evaluate_run(crossing, "val", device="cpu")
     assert usual["name"] == "val"
-    assert "infer" not in usual["inference"]
+    assert "changed" not in usual
     before = (crossing.folder / "evaluation" / "val.json").read_bytes()
     asked = {"infer": "ds", "sampling_steps": 2}
     summary = evaluate_run(crossing, "val", device="cpu", method=asked)
     assert summary["name"] == "val_infer-ds_sampling_steps-2"
-    assert {name: summary["inference"][name] for name in asked} == asked
+    assert summary["changed"] == asked
     assert summary["inference"]["window"] == usual["inference"]["window"]
     assert crossing.summary("val_infer-ds_sampling_steps-2") == summary
     assert crossing.evaluation("val_infer-ds_sampling_steps-2") is not None

@@ -249,8 +249,9 @@ def _key(predictor: Predictor, file: Path) -> str:
     """Stands for all that shapes a prediction beside the scan."""
     with file.open("rb") as stream:
         weights = hashlib.file_digest(stream, "sha256").hexdigest()
-    settings = {**predictor.settings.to_dict(), "precision": predictor.precision, **predictor.model.changed}
-    return digest({"scantly": __version__, "model": weights, "settings": settings})
+    settings = {**predictor.settings.to_dict(), "precision": predictor.precision}
+    method = dict(predictor.model.changed)
+    return digest({"scantly": __version__, "model": weights, "settings": settings, "method": method})
 
 
 def _failures(failed: Sequence[ImageError], total: int, folder: Path) -> ImageError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
@@ -121,7 +122,7 @@ def setting_word(value: Any) -> str:
     """A setting's value as part of a file name."""
     if isinstance(value, list):
         return "x".join(map(str, value))
-    return str(value).lower()
+    return re.sub(r"[^\w.+-]", "-", str(value).lower())
 
 
 DEFAULT_INFERENCE = InferenceSettings()

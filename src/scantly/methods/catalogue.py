@@ -149,11 +149,18 @@ def describe(name: str) -> dict[str, Any]:
     }
 
 
-def _settings(kind: type[Settings]) -> dict[str, dict[str, Any]]:
-    """Default, type and meaning of each setting; settings within settings by their dotted names."""
+def _settings(kind: type[Settings], values: Settings | None = None) -> dict[str, dict[str, Any]]:
+    """Default, type and meaning of each setting; settings within settings by their dotted names.
+
+    Args:
+        kind: The class of settings.
+        values: Whose values are the defaults; ``None``: those of the class.
+    """
     schema = kind.model_json_schema()["properties"] if kind.model_fields else {}
     defaults = {
-        key: None if field.is_required() else field.get_default(call_default_factory=True)
+        key: getattr(values, key)
+        if values is not None
+        else (None if field.is_required() else field.get_default(call_default_factory=True))
         for key, field in kind.model_fields.items()
     }
     plain = kind.model_construct(**defaults).model_dump(mode="json", warnings=False)
@@ -161,7 +168,7 @@ def _settings(kind: type[Settings]) -> dict[str, dict[str, Any]]:
     for key, field in kind.model_fields.items():
         default: object = defaults[key]
         if isinstance(default, Settings):
-            found |= {f"{key}.{inner}": told for inner, told in _settings(type(default)).items()}
+            found |= {f"{key}.{inner}": told for inner, told in _settings(type(default), default).items()}
             continue
         choices = schema[key].get("enum")
         found[key] = {

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 import torch
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 from torch import Tensor, nn
 
 from scantly.errors import ConfigError
@@ -105,6 +105,12 @@ class DiffCL(Method):
                 raise ValueError("give two shares from 0 to 1, the smaller first")
             return value
 
+        @model_validator(mode="after")
+        def _blocks_have_a_network(self) -> Self:
+            if self.use_hf and not self.use_ds and "cs" not in self.hf_in:
+                raise ValueError("hf_in names only the diffusion network, and use_ds is false; set use_hf to false")
+            return self
+
         @field_validator("betas")
         @classmethod
         def _variances(cls, value: tuple[float, float]) -> tuple[float, float]:
@@ -128,7 +134,10 @@ class DiffCL(Method):
             schedule = NoiseSchedule(config.diffusion_steps, config.betas)
             self.ds = DiffusionNetwork(self._network("ds"), task.num_classes, schedule)
         elif config.infer != "cs":
-            raise ConfigError(f"method.infer={config.infer} needs the diffusion network; set method.use_ds=true.")
+            raise ConfigError(
+                f"method.infer={config.infer} needs the diffusion network, and method.use_ds is false; set "
+                "method.infer=cs, or train with method.use_ds=true."
+            )
         contrasts = config.use_cl and config.use_ds
         self.contrast = LabelPropagation(config, task, self.cs.backbone.widths[0]) if contrasts else None
         self._arrived: tuple[Tensor, Tensor, Tensor] | None = None
@@ -176,11 +185,11 @@ class DiffCL(Method):
         """
         config, labeled = self.config, len(batch.labeled)
         if self.ds is None:
-            return {"cs_supervised": config.supervised_loss([self.cs(batch.labeled)], batch.labels)}
+            return {"cs_supervised": config.supervised_loss([self.cs(batch.labeled)[0]], batch.labels)}
         if not len(batch.unlabeled):
             raise ConfigError("method 'diffcl' needs unlabeled rows; set plan.unlabeled_batch_size to 1 or more.")
         ramp = gaussian_rampup(progress.iteration, config.rampup_share * progress.total)
-        logits, features = self.cs.with_features(batch.images)
+        logits, features = self.cs(batch.images)
         cs_labels, cs_confidence = _predicted(logits[labeled:])
 
         clean = signed_one_hot(torch.cat([batch.labels, cs_labels]), self.task.num_classes)

@@ -149,7 +149,8 @@ class GapMatch(Method):
         )
         ascent_steps: int = Field(1, ge=1, description="Steps of epsilon / so many each, with fresh gradients.")
         second_targets: Literal["same", "recomputed"] = Field(
-            "same", description="recomputed: the perturbed network labels the weak view anew."
+            "same",
+            description="recomputed: the perturbed network labels anew, with the strong pass's dropout.",
         )
         second_view: Literal["same", "new"] = Field("same", description="new: another strong view for g2.")
         second_statistics: Literal["unchanged", "updated"] = Field(

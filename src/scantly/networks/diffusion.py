@@ -178,12 +178,13 @@ class DiffusionNetwork(nn.Module):
 
         Returns:
             Logits of the clean map, ``(B, C, *spatial)``, and the decoder's features, see
-            :meth:`SkipNetwork.with_features`.
+            :class:`SkipNetwork`.
         """
         embedded = self.embedding(time_embedding(t))
         self._shifts_now = [shift(embedded) for shift in self.shifts]
         try:
-            return self.network.with_features(torch.cat([images, noisy.to(images.dtype)], dim=1))
+            restored: tuple[Tensor, Tensor] = self.network(torch.cat([images, noisy.to(images.dtype)], dim=1))
+            return restored
         finally:
             self._shifts_now = []
 

@@ -21,6 +21,10 @@ __all__ = ["naive_scan", "selective_scan"]
 
 _log = logging.getLogger("scantly")
 _KERNELS = "mamba_ssm"
+#: Tokens per chunk on a CPU, measured: its states fit the caches.
+_CPU_CHUNK = 256
+#: On a GPU a chunk has so many states (128 MB), not measured: there launches cost most, a few hundred per chunk.
+_DEVICE_NUMBERS = 2**25
 
 
 class _Inputs(NamedTuple):
@@ -35,7 +39,7 @@ class _Inputs(NamedTuple):
 
 
 def selective_scan(  # noqa: PLR0917 - the paper's order, as everywhere
-    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, *, chunk: int = 256
+    u: Tensor, delta: Tensor, A: Tensor, B: Tensor, C: Tensor, D: Tensor | None = None, *, chunk: int | None = None
 ) -> Tensor:
     """Selective state space model of Mamba: every channel is filtered by N decaying states.
 
@@ -45,8 +49,8 @@ def selective_scan(  # noqa: PLR0917 - the paper's order, as everywhere
         h_l[n] = exp(delta_l A[n]) h_{l-1}[n] + delta_l B_l[n] u_l,  h_{-1} = 0;  y_l = sum_n C_l[n] h_l[n] + D u_l
 
     A token sees itself and those before it. Time grows with L and not faster. States are held for one chunk at a time;
-    for the backward pass only the inputs and the states at the chunks' borders are kept, and the rest is computed
-    again. Nothing is divided, so the result is exact up to rounding at any length and for any decay.
+    for the backward pass only the inputs, as float32, and the states at the chunks' borders are kept, and the rest is
+    computed again. Nothing is divided, so the result is exact up to rounding at any length and for any decay.
 
     On a CUDA device the kernels of the package ``mamba_ssm`` are used if it is installed, except for float64.
 
@@ -57,8 +61,8 @@ def selective_scan(  # noqa: PLR0917 - the paper's order, as everywhere
         B: How a token enters the states, ``(B, L, N)``.
         C: How the states are read, ``(B, L, N)``.
         D: Weight of the token itself in its own result, ``(d,)``; None for 0.
-        chunk: Tokens whose states are held at once, at least 1. Changes speed and memory, not the result. The default
-            suits the caches of a CPU; the kernels do not use it.
+        chunk: Tokens whose states are held at once, at least 1. Changes speed and memory, not the result. None: 256 on
+            a CPU, on a GPU what makes 2**25 states. The kernels do not use it.
 
     Returns:
         y, ``(B, L, d)``; float32, or float64 if an argument is. Autocast changes neither this nor the computation.
@@ -75,16 +79,24 @@ def selective_scan(  # noqa: PLR0917 - the paper's order, as everywhere
         >>> selective_scan(impulse, ones, -torch.tensor([[2.0]]).log(), ones, ones).flatten()
         tensor([1.0000, 0.5000, 0.2500])
     """
-    if chunk < 1:
+    if chunk is not None and chunk < 1:
         raise ValueError(f"chunk is {chunk}; it counts tokens and must be at least 1.")
     inputs = _checked(_Inputs(u, delta, A, B, C, D))
     with without_autocast(u.device):
         if u.is_cuda and inputs.u.dtype != torch.float64 and u.numel() and (kernel := _kernel()) is not None:
             return _kernel_scan(kernel, inputs)
-        chunk = max(1, min(chunk, u.shape[1]))
+        chunk = max(1, min(_usual_chunk(inputs) if chunk is None else chunk, u.shape[1]))
         if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in inputs):
             return cast(Tensor, _Scan.apply(chunk, *inputs))  # type: ignore[no-untyped-call]
         return _forward(inputs, chunk, keep=False)[0]
+
+
+def _usual_chunk(inputs: _Inputs) -> int:
+    """Tokens per chunk by device."""
+    if not inputs.u.is_cuda:
+        return _CPU_CHUNK
+    states = math.prod((len(inputs.u), *inputs.A.shape))
+    return max(_CPU_CHUNK, _DEVICE_NUMBERS // max(1, states))
 
 
 def naive_scan(  # noqa: PLR0917 - as selective_scan

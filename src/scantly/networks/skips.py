@@ -31,7 +31,7 @@ class SkipNetwork(nn.Module):
         """How much each block adds to the skip of its level, by level; scalars."""
         return {} if self.skips is None else self.skips.gates()
 
-    def with_features(self, images: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Logits, and the features from which the head makes them.
 
         Args:
@@ -43,7 +43,3 @@ class SkipNetwork(nn.Module):
         features = self.backbone.encode(images)
         decoded = self.backbone.decode_features(features if self.skips is None else self.skips(features))
         return self.backbone.head(decoded), decoded
-
-    def forward(self, images: Tensor) -> Tensor:
-        """Logits ``(B, classes, *spatial)``."""
-        return self.with_features(images)[0]

@@ -96,7 +96,8 @@ def evaluate_run(
         "labeled": config.data.labeled,
         "seed": config.training.seed,
         "steps": config.training.steps,
-        "inference": {**predictor.settings.to_dict(), "precision": predictor.precision, **predictor.model.changed},
+        "inference": {**predictor.settings.to_dict(), "precision": predictor.precision},
+        **({"changed": dict(predictor.model.changed)} if predictor.model.changed else {}),
         **summarize(table, protocol=config.evaluation.protocol, convention=config.evaluation.protocol),
     }
     save_table(table, run.folder / "evaluation" / f"{place}.csv")

@@ -51,11 +51,12 @@ class CrossPredictor(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """Logits ``(B, classes, *spatial)``; the same for an image whatever batch it is in."""
         if self.ds is None or self.infer == "cs":
-            return self.cs(images)  # type: ignore[no-any-return]
+            logits: Tensor = self.cs(images)[0]
+            return logits
         sampled = self.ds.sample(images, self._noise(images, self.ds.classes), steps=self.steps, clip=self.clip)
         if self.infer == "ds":
             return sampled
-        probs = [logits.float().softmax(1) for logits in (self.cs(images), sampled)]
+        probs = [logits.float().softmax(1) for logits in (self.cs(images)[0], sampled)]
         return (torch.stack(probs).mean(0) + torch.finfo(torch.float32).tiny).log()
 
     def _noise(self, images: Tensor, classes: int) -> Tensor:

@@ -26,7 +26,7 @@ class DetailConfig(MethodConfig):
         None, description="Levels whose skip has one, 1 the finest; none: 3 and 4, else the deepest there is."
     )
     hf_extractor: Extractor = Field("avgpool", description="How high frequencies are extracted.")
-    hf_cutoff: float = Field(0.125, ge=0, le=0.5, description="Cutoff of the extractor fft, cycles per voxel.")
+    hf_cutoff: float = Field(0.125, ge=0, lt=0.5, description="Cutoff of the extractor fft, cycles per voxel.")
     hf_directions: int = Field(2, description="Scans: 1, 2, or along all orders of the axes 4 (2D), 6 (3D).")
     hf_token_stride: int = Field(1, ge=1, description="Side of the boxes of voxels that become one token.")
     hf_reduction: int = Field(2, ge=1, description="Channels of the features per channel of a token.")

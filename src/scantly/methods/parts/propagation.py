@@ -14,6 +14,7 @@ from scantly.errors import ConfigError
 from scantly.losses import label_propagation, unit
 from scantly.methods.base import MethodConfig, Task
 from scantly.methods.parts.memory_bank import MemoryBank
+from scantly.methods.parts.modes import evaluation_mode
 from scantly.methods.parts.samplers import draw_distinct
 from scantly.networks.heads import pointwise_head
 
@@ -162,9 +163,8 @@ class LabelPropagation(nn.Module):
         index, drawn = draw_distinct(eligible, min(self.config.pushed, len(labels)), generator)
         # The head acts on each voxel alone, so drawing may come first; its averages are those of the loss's passes.
         chosen = _at(self._pooled(features.float()), index.flatten()).T
-        training = head.training
-        embedded = unit(head.eval()(chosen[(None, ..., *[None] * (self.spatial_dims - 1))]).flatten(2)[0].T)
-        head.train(training)
+        with evaluation_mode(head):
+            embedded = unit(head(chosen[(None, ..., *[None] * (self.spatial_dims - 1))]).flatten(2)[0].T)
         for bank, vectors, keep in zip(self.banks, embedded.chunk(self.classes), drawn, strict=True):
             cast(MemoryBank, bank).push(vectors, keep)
 

@@ -30,7 +30,6 @@ Scale = Literal["global_l2", "layer_relative", "adaptive"]
 RandomState = tuple[Tensor, Tensor | None]
 
 _TINY = 1e-12
-_SMALLEST = torch.finfo(torch.float32).tiny
 
 
 def take_gradients(weights: Sequence[nn.Parameter]) -> list[Tensor]:
