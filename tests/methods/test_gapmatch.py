@@ -18,7 +18,8 @@ from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from scantly.errors import ConfigError
 from scantly.losses import cross_entropy_dice
 from scantly.methods.base import Batch, Progress, Stage, Task
-from scantly.methods.gapmatch import GapMatch, _Labels, _View
+from scantly.methods.gapmatch import GapMatch
+from scantly.methods.parts.strong_views import StrongView, WeakLabels
 from scantly.settings import parse
 from scantly.training.config import TrainingSection
 from scantly.training.optimizers import TrainingHandles
@@ -236,7 +237,7 @@ def test_the_worked_mask(normalization, expected):
     assert labels.targets.flatten().tolist() == [0, 0, 1]
     assert labels.mask.flatten().tolist() == [True, False, True]
     strong_logits = torch.tensor([[2.0, 0.0, 0.0], [0.0, 0.0, 3.0]]).view(1, 2, 1, 3)
-    loss = method._consistency([_View(strong_logits, NOWHERE)], labels)
+    loss = method._consistency([StrongView(strong_logits, NOWHERE)], labels)
     assert loss.item() == pytest.approx(expected, abs=1e-6)
 
 
@@ -254,7 +255,7 @@ def test_the_forms_of_the_consistency(kind, weight):
     cross_entropy = -(logits.log_softmax(1)[0, 0, 0, 0] + logits.log_softmax(1)[0, 2, 0, 1]).item() / 3
     dice = 2 * slow_consistency(logits, labels, mask).item() - cross_entropy
     expected = {"ce_dice": 0.5 * (cross_entropy + weight * dice), "ce": cross_entropy, "dice": dice}[kind]
-    assert method._consistency([_View(logits, NOWHERE)], _Labels(labels, mask)).item() == pytest.approx(
+    assert method._consistency([StrongView(logits, NOWHERE)], WeakLabels(labels, mask)).item() == pytest.approx(
         expected, abs=1e-6
     )
 
@@ -276,12 +277,12 @@ def test_settings_of_the_specification_are_the_defaults():
 )
 def test_threshold_and_strong_view_follow_the_dimension(dims, threshold, p_blur, blur, p_noise):
     method = make(dims=dims, confidence_threshold=None)
-    view = method.strong_view
+    view = method.config.strong_settings(dims)
     assert method.threshold == threshold
     assert (view.p_jitter, view.brightness, view.contrast) == (0.8, 0.5, 0.5)
     assert (view.p_blur, view.blur_sigma, view.p_noise) == (p_blur, (0.1, blur), p_noise)
     assert make(dims=dims, confidence_threshold=0.6, strong={"p_blur": 0.9}).threshold == 0.6
-    assert make(dims=dims, strong={"p_blur": 0.9}).strong_view.p_blur == 0.9
+    assert make(dims=dims, strong={"p_blur": 0.9}).config.strong_settings(dims).p_blur == 0.9
 
 
 RAMP = math.exp(-5)
@@ -351,7 +352,7 @@ def test_without_alpha_the_weights_are_those_of_fixmatch_by_hand():
         with torch.no_grad():
             confidence, labels = network(batch.unlabeled).softmax(1).max(1)
         box = sample_cutmix(other.config.cutmix, 2, (16, 16), generator=other.generator)
-        images = apply_cutmix(strong(other.strong_view, batch.unlabeled, generator=other.generator), box)
+        images = apply_cutmix(strong(other.config.strong_settings(2), batch.unlabeled, generator=other.generator), box)
         labels, mask = apply_cutmix(labels, box), apply_cutmix(confidence, box) >= 0.4
         unsupervised = slow_consistency(network(images), labels, mask)
         (cross_entropy_dice(network(batch.labeled), batch.labels) + unsupervised).backward()
@@ -833,7 +834,7 @@ def test_soft_targets_are_sharpened_and_trusted_as_hard_ones_are():
     torch.testing.assert_close(labels.targets.view(3, 2), squared)
     logits = torch.zeros(1, 3, 1, 2)
     where = CutMix(torch.zeros(1, 1, 1, 2, dtype=torch.bool), torch.zeros(1, dtype=torch.long))
-    assert method._consistency([_View(logits, where)], labels).item() == pytest.approx(math.log(3) / 2, abs=1e-6)
+    assert method._consistency([StrongView(logits, where)], labels).item() == pytest.approx(math.log(3) / 2, abs=1e-6)
 
 
 def test_soft_targets_train_with_cutmix_as_by_hand():
@@ -909,7 +910,7 @@ def test_boxes_carry_labels_and_trust_with_the_image():
         assert torch.equal(view.images[row], expected)
     assert method._consistency([view], labels).item() < 1e-6
     untouched = CutMix(torch.zeros_like(view.box.mask), view.box.partner)
-    assert method._consistency([_View(view.images, untouched)], labels).item() > 0.1
+    assert method._consistency([StrongView(view.images, untouched)], labels).item() > 0.1
 
 
 @pytest.mark.parametrize("dims", [2, 3])

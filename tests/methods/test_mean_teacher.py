@@ -29,7 +29,7 @@ def method(dims=2, **settings):
 
 def test_weight_of_the_published_schedule():
     mt = method()
-    values = {t: mt.weight(Progress(t, 30_000)) for t in (0, 7_500, 15_000, 29_999, 30_000, 40_000)}
+    values = {t: mt.config.consistency_weight(Progress(t, 30_000)) for t in (0, 7_500, 15_000, 29_999, 30_000, 40_000)}
     assert values[0] == pytest.approx(0.000674, abs=1e-6)
     assert values[7_500] == pytest.approx(0.006005, abs=1e-6)
     assert values[15_000] == pytest.approx(0.028650, abs=1e-6)
@@ -39,9 +39,10 @@ def test_weight_of_the_published_schedule():
 
 def test_a_shortened_run_keeps_the_proportions_of_ramp_and_start():
     mt = method(start_iteration=1_000)
-    assert mt.weight(Progress(49, 1_500)) == 0.0
-    assert mt.weight(Progress(50, 1_500)) > 0.0
-    assert mt.weight(Progress(750, 1_500)) == pytest.approx(mt.weight(Progress(15_000, 30_000)))
+    assert mt.config.consistency_weight(Progress(49, 1_500)) == 0.0
+    assert mt.config.consistency_weight(Progress(50, 1_500)) > 0.0
+    halfway = mt.config.consistency_weight(Progress(15_000, 30_000))
+    assert mt.config.consistency_weight(Progress(750, 1_500)) == pytest.approx(halfway)
 
 
 def test_consistency_divides_by_batch_classes_and_voxels():

@@ -21,10 +21,15 @@ __all__ = [
 IGNORED = -1
 
 
-def entropy(probs: Tensor) -> Tensor:
-    """``-sum_c p log(p + 1e-10)`` in nats, ``(B, C, *spatial)`` probabilities -> ``(B, *spatial)``."""
+def entropy(probs: Tensor, *, epsilon: float = 1e-10) -> Tensor:
+    """``-sum_c p log(p + epsilon)`` in nats, ``(B, C, *spatial)`` probabilities -> ``(B, *spatial)``.
+
+    Example:
+        >>> entropy(torch.tensor([[[0.9, 0.5], [0.1, 0.5]]]))
+        tensor([[0.3251, 0.6931]])
+    """
     probs = probs.float()
-    return -(probs * (probs + 1e-10).log()).sum(1)
+    return -(probs * (probs + epsilon).log()).sum(1)
 
 
 def confident_cross_entropy(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from scantly.errors import ConfigError
 from scantly.losses import masked_cross_entropy, soft_dice
 from scantly.methods.base import Batch, Handles, Method, OptimizerSpec, Progress, Rows, Stage, Task
+from scantly.methods.parts.agreement import foreground_dice
 from scantly.methods.parts.batch_norm import without_statistics
 from scantly.methods.parts.cross_prediction import CrossPredictor
 from scantly.methods.parts.detail import DetailConfig
@@ -264,8 +265,8 @@ class DiffCL(Method):
     @torch.no_grad()
     def _watch(self, cs_labels: Tensor, ds_labels: Tensor, ds_logits: Tensor, labels: Tensor) -> None:
         """Scalars that show whether the two networks have something to tell each other."""
-        self.log("network_agreement", _foreground_dice(cs_labels, ds_labels))
-        self.log("ds_restores", _foreground_dice(ds_logits.argmax(1), labels))
+        self.log("network_agreement", foreground_dice(cs_labels, ds_labels))
+        self.log("ds_restores", foreground_dice(ds_logits.argmax(1), labels))
         if self.contrast is not None:
             self.log("bank_fill", self.contrast.fill)
         for name, gate in self.cs.gates().items():
@@ -289,9 +290,3 @@ def _predicted(logits: Tensor) -> tuple[Tensor, Tensor]:
     """Labels and their probabilities, ``(B, *spatial)`` each, without gradient."""
     confidence, labels = logits.detach().float().softmax(1).max(1)
     return labels, confidence
-
-
-def _foreground_dice(first: Tensor, second: Tensor) -> Tensor:
-    """Dice of the voxels to which both give the same structure; 1 where neither finds any."""
-    both = ((first == second) & (first > 0)).sum()
-    return (2 * both + 1e-5) / ((first > 0).sum() + (second > 0).sum() + 1e-5)

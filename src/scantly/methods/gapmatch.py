@@ -11,13 +11,13 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from scantly.errors import ConfigError
 from scantly.losses import masked_cross_entropy, soft_dice
 from scantly.methods.base import Batch, Handles, Method, Progress, Task
 from scantly.methods.parts.batch_norm import without_statistics
 from scantly.methods.parts.ema import make_teacher, update_teacher
 from scantly.methods.parts.modes import evaluation_mode
 from scantly.methods.parts.ramps import gaussian_rampup
+from scantly.methods.parts.strong_views import StrongView, StrongViewConfig, WeakLabels
 from scantly.methods.parts.supervision import SupervisionConfig, outputs
 from scantly.methods.parts.weight_perturbation import (
     RandomState,
@@ -30,28 +30,10 @@ from scantly.methods.parts.weight_perturbation import (
     replayed_random,
     take_gradients,
 )
-from scantly.views import CutMix, CutMixConfig, StrongConfig, apply_cutmix, sample_cutmix, strong
 
 __all__ = ["GapMatch"]
 
 _THRESHOLD = {2: 0.95, 3: 0.7}
-_STRONG = {2: StrongConfig(), 3: StrongConfig(p_blur=0.2, blur_sigma=(0.1, 1.0), p_noise=0.2)}
-
-
-@dataclass(frozen=True)
-class _Labels:
-    """Pseudo-labels of the weak view, hard or soft, and the voxels that are trusted."""
-
-    targets: Tensor
-    mask: Tensor
-
-
-@dataclass(frozen=True)
-class _View:
-    """A strong view of the unlabeled rows, and where it shows other rows."""
-
-    images: Tensor
-    box: CutMix
 
 
 @dataclass(frozen=True)
@@ -59,8 +41,8 @@ class _Again:
     """What a pass at other weights repeats."""
 
     images: Tensor
-    labels: _Labels
-    views: list[_View]
+    labels: WeakLabels
+    views: list[StrongView]
     dropped: RandomState
 
 
@@ -89,7 +71,7 @@ class GapMatch(Method):
     averaged over them before the step.
     """
 
-    class Config(SupervisionConfig):
+    class Config(StrongViewConfig, SupervisionConfig):
         """Settings of GapMatch; where the paper's value is not known the description says whose it is."""
 
         epsilon: float = Field(
@@ -130,12 +112,6 @@ class GapMatch(Method):
             None, ge=0, lt=1, description="Pseudo-labels of a moving average with this decay; none: of the network."
         )
         strong_views: int = Field(1, ge=1, description="Strong views per image; their losses are averaged.")
-        strong: StrongConfig | None = Field(
-            None,
-            description="The strong view; none: UniMatch's in 2D, jitter, slight blur and noise in 3D. Where some "
-            "settings of it are given (strong.p_blur, ...) the others are UniMatch's.",
-        )
-        cutmix: CutMixConfig = Field(CutMixConfig(), description="Boxes of other images in the strong view.")
         perturbation: Literal["global_l2", "layer_relative", "adaptive", "random"] = Field(
             "global_l2",
             description="One step of norm epsilon over all weights; each tensor's by its own norm (AWP); each weight's "
@@ -180,7 +156,6 @@ class GapMatch(Method):
             self.teacher = make_teacher(self.network)
         given = config.confidence_threshold
         self.threshold = _THRESHOLD[task.spatial_dims] if given is None else given
-        self.strong_view = config.strong or _STRONG[task.spatial_dims]
 
     def losses(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """``supervised`` and ``unsupervised``: the instance perturbation alone. :meth:`step` has both."""
@@ -255,7 +230,7 @@ class GapMatch(Method):
         self.log("gradient_agreement", agreement(first, second))
         return second
 
-    def _again(self, views: Sequence[_View], labels: _Labels, dropped: RandomState) -> Tensor:
+    def _again(self, views: Sequence[StrongView], labels: WeakLabels, dropped: RandomState) -> Tensor:
         """L_u once more."""
         with self._repeating(dropped, labels.mask.device):
             return self._consistency(views, labels)
@@ -269,7 +244,7 @@ class GapMatch(Method):
             yield
 
     @torch.no_grad()
-    def _label(self, images: Tensor) -> _Labels:
+    def _label(self, images: Tensor) -> WeakLabels:
         """Pseudo-labels of the weak view, and which voxels are confident."""
         network = self.network if self.config.ema_decay is None else self.teacher
         with evaluation_mode(network) if self.config.pseudo_label_mode == "eval" else nullcontext():
@@ -277,29 +252,21 @@ class GapMatch(Method):
         confidence, targets = logits.softmax(1).max(1)
         if not self.config.hard_labels:
             targets = (logits / self.config.sharpening_temperature).softmax(1)
-        return _Labels(targets, confidence >= self.threshold)
+        return WeakLabels(targets, confidence >= self.threshold)
 
-    def _views(self, images: Tensor) -> list[_View]:
-        """Strong views with boxes of other images of the batch."""
-        if not len(images):
-            raise ConfigError("method 'gapmatch' needs unlabeled rows; set plan.unlabeled_batch_size to 1 or more.")
-        views = []
-        for _ in range(self.config.strong_views):
-            box = sample_cutmix(self.config.cutmix, len(images), images.shape[2:], generator=self.generator)
-            views.append(_View(apply_cutmix(strong(self.strong_view, images, generator=self.generator), box), box))
-        return views
+    def _views(self, images: Tensor) -> list[StrongView]:
+        return [self.config.strong_view(images, self.generator) for _ in range(self.config.strong_views)]
 
-    def _consistency(self, views: Sequence[_View], labels: _Labels) -> Tensor:
+    def _consistency(self, views: Sequence[StrongView], labels: WeakLabels) -> Tensor:
         """L_u: the strong views against the weak view's confident labels, not weighted."""
         config, terms = self.config, []
         for view in views:
-            logits = self.network(view.images)
-            targets, mask = apply_cutmix(labels.targets, view.box), apply_cutmix(labels.mask, view.box)
-            cross_entropy = masked_cross_entropy(logits, targets, mask, normalize=config.mask_normalization)
+            logits, shown = self.network(view.images), view.paste(labels)
+            cross_entropy = masked_cross_entropy(logits, shown.targets, shown.mask, normalize=config.mask_normalization)
             if config.consistency_loss == "ce":
                 terms.append(cross_entropy)
                 continue
-            dice = soft_dice(_exact(logits).softmax(1), targets, mask=mask)
+            dice = soft_dice(_exact(logits).softmax(1), shown.targets, mask=shown.mask)
             whole = 0.5 * (cross_entropy + config.dice_weight * dice)
             terms.append(whole if config.consistency_loss == "ce_dice" else dice)
         return torch.stack(terms).mean()

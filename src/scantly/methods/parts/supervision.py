@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+import torch
 import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from scantly.losses import cross_entropy_dice
 from scantly.methods.base import MethodConfig
 from scantly.networks import EncoderDecoder
 
-__all__ = ["SupervisionConfig", "outputs", "supervised_loss"]
+__all__ = ["SupervisionConfig", "outputs", "split_outputs", "supervised_loss"]
 
 
 class SupervisionConfig(MethodConfig):
@@ -46,6 +47,23 @@ def outputs(network: nn.Module, images: Tensor) -> list[Tensor]:
     if isinstance(network, EncoderDecoder) and network.deep_supervision:
         return network.decode_all(network.encode(images))
     return [network(images)]
+
+
+def split_outputs(network: nn.Module, labeled: Tensor, unlabeled: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Labeled and unlabeled rows in one pass, so that batch-norm statistics are joint.
+
+    Args:
+        network: As for :func:`outputs`.
+        labeled: Images, ``(Bl, C, *spatial)``.
+        unlabeled: Images, ``(Bu, C, *spatial)``.
+
+    Returns:
+        Logits of the labeled rows at every resolution, see :func:`outputs`, and those of the unlabeled rows at the
+        images' own.
+    """
+    rows = [len(labeled), len(unlabeled)]
+    levels = [torch.split(logits, rows) for logits in outputs(network, torch.cat([labeled, unlabeled]))]
+    return [level[0] for level in levels], levels[0][1]
 
 
 def supervised_loss(
