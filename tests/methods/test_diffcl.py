@@ -13,7 +13,8 @@ from torch.nn import functional
 from scantly.errors import ConfigError
 from scantly.inference.memory import footprint
 from scantly.methods.base import Batch, Progress, Stage, Task
-from scantly.methods.diffcl import DiffCL, _foreground_dice
+from scantly.methods.diffcl import DiffCL
+from scantly.methods.parts.agreement import foreground_dice
 from scantly.networks.skips import SkipNetwork
 from scantly.settings import merge
 from scantly.training import engine
@@ -624,10 +625,10 @@ def test_specified_settings_are_the_defaults():
 
 def test_agreement_counts_voxels_of_the_same_structure():
     first, second = torch.tensor([[0, 1, 1, 2, 2]]), torch.tensor([[0, 1, 2, 2, 0]])
-    assert _foreground_dice(first, second).item() == pytest.approx(2 * 2 / (4 + 3), abs=1e-5)
-    assert _foreground_dice(first, first).item() == pytest.approx(1)
-    assert _foreground_dice(torch.zeros(1, 3), torch.zeros(1, 3)).item() == pytest.approx(1)
-    assert _foreground_dice(torch.ones(1, 3), torch.zeros(1, 3)).item() < 1e-4
+    assert foreground_dice(first, second).item() == pytest.approx(2 * 2 / (4 + 3), abs=1e-5)
+    assert foreground_dice(first, first).item() == pytest.approx(1)
+    assert foreground_dice(torch.zeros(1, 3), torch.zeros(1, 3)).item() == pytest.approx(1)
+    assert foreground_dice(torch.ones(1, 3), torch.zeros(1, 3)).item() < 1e-4
 
 
 def test_what_is_watched():

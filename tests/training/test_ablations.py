@@ -17,7 +17,13 @@ SMALL = {
     "diffcl": {"queue": 64, "pushed": 8, "anchors": 8, "candidates": 64, "positives": 4, "negatives": 8},
 }
 #: The term that each method is about.
-TERM = {"gapmatch": "unsupervised"} | dict.fromkeys(("arco", "plgcl", "lclpl", "diffcl"), "contrast")
+TERM = {
+    **dict.fromkeys(("gapmatch", "fixmatch"), "unsupervised"),
+    **dict.fromkeys(("arco", "plgcl", "lclpl", "diffcl"), "contrast"),
+    **dict.fromkeys(("ua_mt", "ict"), "consistency"),
+    "entropy_minimization": "entropy",
+    "cps": "cross",
+}
 #: Switches without which that term is gone.
 WITHOUT = ("contrast_weight=0", "use_ds=false", "use_cl=false")
 ABLATIONS = [
@@ -42,6 +48,12 @@ ABLATIONS = [
     ("lclpl", "rounds=1 crf=none"),
     ("lclpl", "normalization=released"),
     ("lclpl", "include_background=true"),
+    ("ua_mt", "official=true passes=3"),
+    ("ua_mt", "teacher_buffers=own predict_with=student"),
+    ("ict", "beta=1"),
+    ("entropy_minimization", "rows=all"),
+    ("cps", "rows=all predict_with=second"),
+    ("fixmatch", "cutmix.probability=0 confidence_threshold=0.5"),
     ("gapmatch", "alpha=0"),
     ("gapmatch", "epsilon=0"),
     ("gapmatch", "update=sequential"),
@@ -76,7 +88,7 @@ ABLATIONS = [
 @pytest.mark.parametrize(("method", "switches"), ABLATIONS)
 def test_it_trains_to_the_end_and_its_terms_are_those_that_are_left(cohort, tiny, tmp_path, method, switches):
     torch.set_num_threads(1)
-    sets = merge(tiny, {"method": SMALL[method], "data": {"store": str(tmp_path / "store")}})
+    sets = merge(tiny, {"method": SMALL.get(method, {}), "data": {"store": str(tmp_path / "store")}})
     chosen = switches.split()
     typed = parse_sets([f"method.{switch}" for switch in chosen])
     config = resolve(cohort, flags={"method": method, "labeled": 1}, sets=merge(sets, typed))
