@@ -23,6 +23,8 @@ TERM = {
     **dict.fromkeys(("ua_mt", "ict"), "consistency"),
     "entropy_minimization": "entropy",
     "cps": "cross",
+    "cct": "consistency",
+    "unimatch": "strong",
 }
 #: Switches without which that term is gone.
 WITHOUT = ("contrast_weight=0", "use_ds=false", "use_cl=false")
@@ -53,6 +55,8 @@ ABLATIONS = [
     ("ict", "beta=1"),
     ("entropy_minimization", "rows=all"),
     ("cps", "rows=all predict_with=second"),
+    ("cct", "official=true supervised_auxiliary=false"),
+    ("unimatch", "feature_dropout=0 confidence_threshold=0.5"),
     ("fixmatch", "cutmix.probability=0 confidence_threshold=0.5"),
     ("gapmatch", "alpha=0"),
     ("gapmatch", "epsilon=0"),

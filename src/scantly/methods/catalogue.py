@@ -81,11 +81,25 @@ CATALOGUE = (
         "two networks, begun differently, learn from each other's labels",
     ),
     Entry(
+        "cct",
+        "scantly.methods.cct:CrossConsistency",
+        "CCT",
+        "Ouali et al., CVPR 2020",
+        "auxiliary decoders that see perturbed features must agree with the main decoder",
+    ),
+    Entry(
         "fixmatch",
         "scantly.methods.fixmatch:FixMatch",
         "FixMatch",
         "Sohn et al., NeurIPS 2020",
         "confident labels of the weak view supervise the strong view",
+    ),
+    Entry(
+        "unimatch",
+        "scantly.methods.unimatch:UniMatch",
+        "UniMatch",
+        "Yang et al., CVPR 2023",
+        "confident labels supervise two strong views and one with perturbed features",
     ),
     Entry(
         "arco",
