@@ -23,7 +23,7 @@ TERM = {
     **dict.fromkeys(("ua_mt", "ict"), "consistency"),
     "entropy_minimization": "entropy",
     "cps": "cross",
-    "cct": "consistency",
+    **dict.fromkeys(("cct", "mc_net", "mc_net_plus"), "consistency"),
     "unimatch": "strong",
 }
 #: Switches without which that term is gone.
@@ -56,6 +56,8 @@ ABLATIONS = [
     ("entropy_minimization", "rows=all"),
     ("cps", "rows=all predict_with=second"),
     ("cct", "official=true supervised_auxiliary=false"),
+    ("mc_net", "supervised=ce_dice detach_targets=true"),
+    ("mc_net_plus", "normalized_sharpening=true"),
     ("unimatch", "feature_dropout=0 confidence_threshold=0.5"),
     ("fixmatch", "cutmix.probability=0 confidence_threshold=0.5"),
     ("gapmatch", "alpha=0"),

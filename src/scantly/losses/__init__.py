@@ -7,6 +7,8 @@ from scantly.losses.consistency import (
     masked_cross_entropy,
     masked_divergence,
     masked_quantiles,
+    mutual_consistency,
+    sharpened,
 )
 from scantly.losses.contrastive import (
     cosine_similarities,
@@ -37,8 +39,10 @@ __all__ = [
     "masked_cross_entropy",
     "masked_divergence",
     "masked_quantiles",
+    "mutual_consistency",
     "nearest_neighbor_loss",
     "sampled_similarities",
+    "sharpened",
     "similarity_divergence",
     "soft_dice",
     "soft_dice_per_image",

@@ -29,6 +29,8 @@ def soft_dice(
     smooth: float = 1e-5,
     include_background: bool = True,
     mask: Tensor | None = None,
+    squared: bool = True,
+    smooth_numerator: bool = True,
 ) -> Tensor:
     """Soft Dice loss with squared denominators, sums over the whole batch (Milletari et al., 3DV 2016).
 
@@ -43,6 +45,9 @@ def soft_dice(
         include_background: Count class 0.
         mask: Voxels that count, ``(B, *spatial)``, bool or weights from 0 on, by which each product in the sums is
             multiplied; ``None``: all. An empty mask gives 0, and no gradient.
+        squared: ``sum(p) + sum(y)`` in the denominator where this is false.
+        smooth_numerator: Where this is false ``s`` is in the denominator alone, and a class that is absent costs 1,
+            whatever is predicted, and gives no gradient.
 
     Returns:
         Scalar in [0, 1].
@@ -61,8 +66,11 @@ def soft_dice(
     # The mask goes with one factor of each product; y^2 = y for hard labels.
     shown, marked = (probs, target) if mask is None else (probs * mask[:, None], target * mask[:, None])
     intersection = (shown * target).sum(axes)
-    total = (shown * probs).sum(axes) + (marked if hard else marked * target).sum(axes)
-    dice = 1 - (2 * intersection + smooth) / (total + smooth)
+    if squared:
+        total = (shown * probs).sum(axes) + (marked if hard else marked * target).sum(axes)
+    else:
+        total = shown.sum(axes) + marked.sum(axes)
+    dice = 1 - (2 * intersection + (smooth if smooth_numerator else 0)) / (total + smooth)
     return dice.mean() if include_background else dice[1:].mean()
 
 

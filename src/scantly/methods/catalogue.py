@@ -88,6 +88,20 @@ CATALOGUE = (
         "auxiliary decoders that see perturbed features must agree with the main decoder",
     ),
     Entry(
+        "mc_net",
+        "scantly.methods.mc_net:MCNet",
+        "MC-Net",
+        "Wu et al., MICCAI 2021",
+        "two decoders must match each other's sharpened prediction",
+    ),
+    Entry(
+        "mc_net_plus",
+        "scantly.methods.mc_net:MCNetPlus",
+        "MC-Net+",
+        "Wu et al., Medical Image Analysis 2022",
+        "three decoders must match each other's sharpened prediction",
+    ),
+    Entry(
         "fixmatch",
         "scantly.methods.fixmatch:FixMatch",
         "FixMatch",

@@ -21,6 +21,7 @@ __all__ = [
     "Upsampling",
     "conv_layers",
     "interpolation",
+    "own_first",
 ]
 
 CONV: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -95,6 +96,11 @@ def interpolation(kind: str, spatial_dims: int, *, align_corners: bool = True) -
     if kind == "nearest":
         return nn.Upsample(scale_factor=2, mode="nearest")
     raise ConfigError(unknown_name("upsampling of a decoder", kind, _UPSAMPLINGS))
+
+
+def own_first(own: str, kinds: tuple[str, ...]) -> tuple[str, ...]:
+    """The kinds of upsampling, the network's own in front."""
+    return (own, *(kind for kind in kinds if kind != own))
 
 
 class ConcatenatingUp(nn.Module):

@@ -40,6 +40,7 @@ class EncoderDecoder(nn.Module):
         decoder: The way up.
         head: From the finest decoder features to logits.
         deep_supervision: Whether :meth:`decode_all` gives logits of several resolutions.
+        upsamplings: Kinds of decoders that :meth:`new_decoder` makes, the network's own first; empty: none.
     """
 
     spatial_dims: Literal[2, 3]
@@ -50,6 +51,7 @@ class EncoderDecoder(nn.Module):
     decoder: Decoder
     head: nn.Module
     deep_supervision: bool = False
+    upsamplings: tuple[str, ...] = ()
 
     def new_decoder(self, upsampling: str) -> Decoder:
         """A further decoder for the features of :meth:`encode`, freshly initialized, with weights of its own.

@@ -9,7 +9,7 @@ from typing import Literal
 from torch import nn
 
 from scantly.errors import ConfigError
-from scantly.networks.blocks import CONV, POOL, ConcatenatingUp, Upsampling, conv_layers, interpolation
+from scantly.networks.blocks import CONV, POOL, ConcatenatingUp, Upsampling, conv_layers, interpolation, own_first
 from scantly.networks.encoder_decoder import Decoder, EncoderDecoder
 
 __all__ = ["UNet", "UNet3D"]
@@ -64,6 +64,7 @@ class UNet(EncoderDecoder):
         self.encoder = nn.ModuleList(_block(spatial_dims, a, b, p) for a, b, p in levels)
         self.pool = POOL[spatial_dims](2)
         self.decoder = self.new_decoder(upsampling)
+        self.upsamplings = own_first(upsampling, ("linear", "transposed", "nearest"))
         self.head = CONV[spatial_dims](widths[0], out_channels, 3, padding=1)
 
     def new_decoder(self, upsampling: str) -> Decoder:

@@ -9,7 +9,7 @@ from typing import Literal, cast
 from torch import Tensor, nn
 
 from scantly.errors import ConfigError
-from scantly.networks.blocks import CONV, DROP_CHANNELS, AddingUp, Upsampling, conv_layers, interpolation
+from scantly.networks.blocks import CONV, DROP_CHANNELS, AddingUp, Upsampling, conv_layers, interpolation, own_first
 from scantly.networks.encoder_decoder import Decoder, EncoderDecoder
 
 __all__ = ["VNet"]
@@ -67,6 +67,7 @@ class VNet(EncoderDecoder):
         self.encoder = nn.ModuleList(levels)
         self.pool = nn.Identity()
         self.decoder = self.new_decoder(upsampling)
+        self.upsamplings = own_first(upsampling, ("transposed", "linear", "nearest"))
         self.head = CONV[spatial_dims](widths[0], out_channels, 1)
 
     def _convs(self, in_channels: int, level: int) -> list[nn.Module]:
