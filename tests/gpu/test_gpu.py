@@ -22,10 +22,17 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA d
 
 
 NETWORKS = {
-    "unet": (2, {"widths": [8, 16], "dropout": [0.1, 0.1]}),
-    "vnet": (3, {"widths": [8, 16]}),
-    "unet3d": (3, {"widths": [8, 16]}),
-    "dynunet": (3, {"kernel_sizes": [[1, 3, 3], [3, 3, 3]], "strides": [[1, 1, 1], [1, 2, 2]]}),
+    "unet": (2, {"widths": [8, 16, 16], "dropout": [0.1, 0.1, 0.1]}),
+    "vnet": (3, {"widths": [8, 16, 16]}),
+    "unet3d": (3, {"widths": [8, 16, 16]}),
+    "dynunet": (
+        3,
+        {
+            "kernel_sizes": [[1, 3, 3], [3, 3, 3], [3, 3, 3]],
+            "strides": [[1, 1, 1], [1, 2, 2], [2, 2, 2]],
+            "widths": [8, 16, 16],
+        },
+    ),
 }
 
 

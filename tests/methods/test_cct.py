@@ -8,6 +8,7 @@ from consistency_tasks import make, make_batch
 
 from scantly.methods import catalogue
 from scantly.methods.base import Progress, Task
+from scantly.methods.parts.feature_perturbation import drop_features, drop_voxels, proportional_noise
 
 AT = Progress(10, 10)
 FULL = {"consistency": 1.0, "rampup_iterations": 0}
@@ -32,7 +33,7 @@ def test_without_perturbations_equal_decoders_agree():
 
 def test_noise_is_in_proportion_and_the_same_for_the_batch():
     method, features = make("cct"), torch.rand(2, 4, 8, 8) + 0.5
-    share = method._noise(features) / features - 1
+    share = proportional_noise(features, 0.3, method.generator) / features - 1
     torch.testing.assert_close(share[0], share[1], atol=1e-5, rtol=0)
     assert share.abs().max() <= 0.3 + 1e-5
     assert share.std().item() == pytest.approx(0.6 / 12**0.5, abs=0.03)
@@ -40,16 +41,17 @@ def test_noise_is_in_proportion_and_the_same_for_the_batch():
 
 def test_single_features_are_dropped_and_the_others_scaled():
     method, features = make("cct"), torch.ones(2, 4, 32, 32)
-    dropped = method._drop_features(features)
+    dropped = drop_features(features, 0.3, method.generator)
     assert dropped.unique().tolist() == pytest.approx([0, 1 / 0.7])
     assert (dropped == 0).float().mean().item() == pytest.approx(0.3, abs=0.02)
 
 
 def test_voxels_with_the_highest_mean_feature_are_dropped():
     """Means 1, 0.6 and 2 of at most 2: with bounds (0.4, 0.4) what reaches 0.8 goes, and only that."""
-    method = make("cct", dropped_above=(0.4, 0.4))
     features = torch.tensor([[1.0, 0.6, 2.0], [1.0, 0.6, 2.0]])[None, :, None]
-    assert method._drop_voxels(features)[0, :, 0].tolist() == [[0.0, pytest.approx(0.6), 0.0]] * 2
+    assert (
+        drop_voxels(features, (0.4, 0.4), torch.Generator())[0, :, 0].tolist() == [[0.0, pytest.approx(0.6), 0.0]] * 2
+    )
 
 
 def test_the_main_prediction_does_not_depend_on_what_the_perturbations_draw():

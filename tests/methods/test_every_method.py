@@ -25,6 +25,10 @@ SMALL = {
 }
 
 
+#: Levels of the tests' networks, where two are too few.
+LEVELS = {"urpc": 3}
+
+
 def make_rows(count: int, dims: int, device: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Bright boxes on a noisy ground: enough to learn something in a few steps."""
     generator = torch.Generator().manual_seed(seed)
@@ -50,7 +54,8 @@ def make_batch(dims: int, device: str, stage: Stage = STAGE, *, relabeled: bool 
 
 
 def make_method(name: str, dims: int, device: str = "cpu", network: str = "unet", **arguments: object) -> Method:
-    arguments = arguments or {"widths": [8, 16], "dropout": [0.0, 0.1]}
+    levels = LEVELS.get(name, 2)
+    arguments = arguments or {"widths": [8, 16, 32][:levels], "dropout": [0.0, 0.1, 0.1][:levels]}
     task = Task(1, ("background", "box"), dims, (16,) * dims, network, arguments)
     torch.manual_seed(0)
     method_class = catalogue.load(name)
@@ -170,8 +175,11 @@ def test_saved_and_loaded_in_the_middle_it_goes_on_the_same(name, dims):
 @pytest.mark.parametrize("network", ["unet3d", "vnet", "dynunet"])
 @pytest.mark.parametrize("name", METHODS)
 def test_it_trains_every_network_of_ours(name, network, dims):
-    topology = {"kernel_sizes": [[1] + [3] * (dims - 1), [3] * dims], "strides": [[1] * dims, [2] * dims]}
-    method = make_method(name, dims, "cpu", network, widths=[8, 16], **(topology if network == "dynunet" else {}))
+    levels = LEVELS.get(name, 2)
+    kernels = [[1] + [3] * (dims - 1), *[[3] * dims] * (levels - 1)]
+    topology = {"kernel_sizes": kernels, "strides": [[1] * dims, *[[2] * dims] * (levels - 1)]}
+    widths = [8, 16, 32][:levels]
+    method = make_method(name, dims, "cpu", network, widths=widths, **(topology if network == "dynunet" else {}))
     training = Training(method, dims)
     for stage in method.stages():
         training.enter(stage)

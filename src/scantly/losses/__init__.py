@@ -8,6 +8,7 @@ from scantly.losses.consistency import (
     masked_divergence,
     masked_quantiles,
     mutual_consistency,
+    pyramid_consistency,
     sharpened,
 )
 from scantly.losses.contrastive import (
@@ -41,6 +42,7 @@ __all__ = [
     "masked_quantiles",
     "mutual_consistency",
     "nearest_neighbor_loss",
+    "pyramid_consistency",
     "sampled_similarities",
     "sharpened",
     "similarity_divergence",

@@ -17,6 +17,7 @@ __all__ = [
     "masked_divergence",
     "masked_quantiles",
     "mutual_consistency",
+    "pyramid_consistency",
     "sharpened",
 ]
 
@@ -182,3 +183,31 @@ def mutual_consistency(
     targets = [target.detach() for target in targets] if detached else targets
     pairs = [(i, j) for i in range(len(probs)) for j in range(len(probs)) if i != j]
     return torch.stack([(probs[i] - targets[j]).square().mean() for i, j in pairs]).sum()
+
+
+def pyramid_consistency(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Predictions at several scales must match their mean, less where they diverge from it.
+
+    Luo et al., "Efficient Semi-supervised Gross Target Volume of Nasopharyngeal Carcinoma Segmentation via Uncertainty
+    Rectified Pyramid Consistency", MICCAI 2021 (URPC), public code: with ``D_s = KL(mean || p_s)`` and ``w_s =
+    exp(-D_s)`` per voxel, the mean over scales of ``mean((mean - p_s)^2 w_s) / (mean(w_s) + 1e-8) + mean(D_s)``. All of
+    it takes gradients. The paper's formula is usually quoted with the divergence the other way round.
+
+    Args:
+        logits: Of each scale, all of one size, ``(B, C, *spatial)``.
+
+    Returns:
+        The loss and the mean divergence in nats, scalars.
+    """
+    log_probs = [each.float().log_softmax(1) for each in logits]
+    probs = [each.exp() for each in log_probs]
+    mean = torch.stack(probs).mean(0)
+    log_mean = mean.clamp(min=1e-8).log()
+    losses, divergences = [], []
+    for p, log_p in zip(probs, log_probs, strict=True):
+        divergence = (mean * (log_mean - log_p)).sum(1, keepdim=True)
+        weight = torch.exp(-divergence)
+        rectified = ((mean - p).square() * weight).mean() / (weight.mean() + 1e-8)
+        losses.append(rectified + divergence.mean())
+        divergences.append(divergence.mean())
+    return torch.stack(losses).mean(), torch.stack(divergences).mean()

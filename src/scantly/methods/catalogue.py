@@ -88,6 +88,13 @@ CATALOGUE = (
         "auxiliary decoders that see perturbed features must agree with the main decoder",
     ),
     Entry(
+        "urpc",
+        "scantly.methods.urpc:PyramidConsistency",
+        "URPC",
+        "Luo et al., MICCAI 2021",
+        "scales of one decoder must match their mean, less where they diverge",
+    ),
+    Entry(
         "mc_net",
         "scantly.methods.mc_net:MCNet",
         "MC-Net",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from scantly.errors import ConfigError
 from scantly.methods.base import Batch, Method, Progress, Task
 from scantly.methods.parts.consistency import RampConfig
+from scantly.methods.parts.feature_perturbation import drop_features, drop_voxels, proportional_noise
 from scantly.methods.parts.supervision import SupervisionConfig
 from scantly.networks import Decoder
 
@@ -75,26 +76,14 @@ class CrossConsistency(Method):
         self.log("disagreement", difference)
         return {"supervised": torch.stack(supervised).mean(), "consistency": weight * difference}
 
-    def _uniform(self, shape: torch.Size | tuple[int, ...], like: Tensor, low: float, high: float) -> Tensor:
-        drawn = torch.rand(shape, generator=self.generator, device=like.device)
-        return (low + (high - low) * drawn).to(like.dtype)
-
     def _noise(self, features: Tensor) -> Tensor:
-        """``x (1 + n)``, n the same for all images of the batch."""
-        limit = self.config.noise
-        return features * (1 + self._uniform((1, *features.shape[1:]), features, -limit, limit))
+        return proportional_noise(features, self.config.noise, self.generator)
 
     def _drop_features(self, features: Tensor) -> Tensor:
-        """Single features dropped, the others scaled up."""
-        kept = self._uniform(features.shape, features, 0, 1) >= self.config.dropout
-        return features * kept / (1 - self.config.dropout)
+        return drop_features(features, self.config.dropout, self.generator)
 
     def _drop_voxels(self, features: Tensor) -> Tensor:
-        """All features of a voxel dropped where their mean is among the highest of the image."""
-        attention = features.mean(1, keepdim=True)
-        largest = attention.flatten(1).amax(1).view(-1, *[1] * (features.ndim - 1))
-        share = self._uniform((len(features), *[1] * (features.ndim - 1)), features, *self.config.dropped_above)
-        return features * (attention < largest * share)
+        return drop_voxels(features, self.config.dropped_above, self.generator)
 
     @property
     def predictor(self) -> nn.Module:

@@ -1,0 +1,98 @@
+"""URPC: the worked numbers of its specification, its scales and their perturbation."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from consistency_tasks import make_batch
+
+from scantly.errors import ConfigError
+from scantly.losses import pyramid_consistency
+from scantly.methods import catalogue
+from scantly.methods.base import Method, Progress, Task
+
+AT = Progress(10, 10)
+
+
+def make(dims: int = 2, network: str = "unet", **settings: object) -> Method:
+    torch.manual_seed(0)
+    kind = catalogue.load("urpc")
+    arguments = {"widths": [4, 8, 8, 8], **({"dropout": [0.0] * 4} if network == "unet" else {})}
+    method = kind(Task(1, ("background", "a"), dims, (16,) * dims, network, arguments), kind.Config(**settings)).train()
+    method.generator.manual_seed(0)
+    return method
+
+
+def logits_of(*probs: float) -> torch.Tensor:
+    return torch.tensor(probs).log()[None, :, None]
+
+
+def test_worked_pyramid():
+    loss, divergence = pyramid_consistency([logits_of(0.9, 0.1), logits_of(0.7, 0.3)])
+    assert loss.item() == pytest.approx(0.045068, abs=1e-6)
+    assert divergence.item() == pytest.approx((0.044403 + 0.025732) / 2, abs=1e-6)
+
+
+def test_divergent_voxels_weigh_less():
+    """Two voxels, both scales; written out."""
+    p = [torch.tensor([[0.9, 0.5], [0.1, 0.5]]), torch.tensor([[0.2, 0.5], [0.8, 0.5]])]
+    mean = (p[0] + p[1]) / 2
+    expected = 0.0
+    for each in p:
+        d = (mean * (mean / each).log()).sum(0)
+        w = torch.exp(-d)
+        expected += (((mean - each) ** 2 * w).mean() / (w.mean() + 1e-8) + d.mean()).item() / 2
+    assert pyramid_consistency([each.log()[None] for each in p])[0].item() == pytest.approx(expected, abs=1e-6)
+
+
+def test_equal_scales_cost_nothing_and_certain_ones_are_finite():
+    logits = torch.randn(2, 3, 4, 4)
+    assert pyramid_consistency([logits] * 4)[0].item() == pytest.approx(0, abs=1e-6)
+    certain = torch.tensor([300.0, -300.0]).view(1, 2, 1).requires_grad_()
+    loss, _ = pyramid_consistency([certain, -certain])
+    loss.backward()
+    assert torch.isfinite(loss)
+    assert torch.isfinite(certain.grad).all()
+
+
+def test_the_published_number_of_parameters():
+    kind = catalogue.load("urpc")
+    method = kind(Task(1, ("background", "a", "b", "c"), 2, (64, 64)), kind.Config())
+    assert sum(p.numel() for p in method.parameters()) == 1_821_840
+
+
+@pytest.mark.parametrize(("dims", "network"), [(2, "unet"), (3, "vnet"), (3, "unet3d")])
+def test_every_scale_has_the_size_of_the_image_and_the_finest_is_the_networks(dims, network):
+    method = make(dims, network).eval()
+    images = make_batch(dims=dims).labeled
+    scales = method._scales(images)
+    assert [scale.shape for scale in scales] == [(2, 2, *(16,) * dims)] * 3
+    assert torch.equal(scales[0], method.predictor(images))
+    for scale, again in zip(scales, method._scales(images), strict=True):
+        assert torch.equal(scale, again)
+
+
+def test_the_coarser_heads_alone_are_perturbed_and_only_in_training():
+    method, images = make(), make_batch().labeled
+    with torch.no_grad():
+        first, second = method._scales(images), method._scales(images)
+    assert torch.equal(first[0], second[0])
+    for one, other in zip(first[1:], second[1:], strict=True):
+        assert not torch.equal(one, other)
+
+
+def test_the_supervised_loss_is_the_mean_over_scales_and_labels_stay_with_labeled_rows():
+    method, batch = make().eval(), make_batch()
+    scales = method._scales(batch.labeled)
+    expected = torch.stack([method.config.supervised_loss([scale], batch.labels) for scale in scales]).mean()
+    torch.testing.assert_close(method.losses(batch, AT)["supervised"], expected)
+    unlabeled = pyramid_consistency(method._scales(batch.unlabeled))[0]
+    method.losses(batch, AT)
+    assert method.pop_logged()["disagreement"].item() == pytest.approx(unlabeled.item(), abs=1e-6)
+
+
+def test_a_network_with_one_decoder_level_is_refused():
+    kind = catalogue.load("urpc")
+    task = Task(1, ("background", "a"), 2, (16, 16), "unet", {"widths": [4, 8], "dropout": [0.0, 0.0]})
+    with pytest.raises(ConfigError, match="three numbers or more"):
+        kind(task, kind.Config())
