@@ -23,6 +23,7 @@ TERM = {
     **dict.fromkeys(("ua_mt", "ict"), "consistency"),
     "entropy_minimization": "entropy",
     "cps": "cross",
+    "dan": "adversarial",
     **dict.fromkeys(("cct", "mc_net", "mc_net_plus"), "consistency"),
     "unimatch": "strong",
 }
@@ -55,6 +56,7 @@ ABLATIONS = [
     ("ict", "beta=1"),
     ("entropy_minimization", "rows=all"),
     ("cps", "rows=all predict_with=second"),
+    ("dan", "judge_lr=0.001"),
     ("cct", "official=true supervised_auxiliary=false"),
     ("mc_net", "supervised=ce_dice detach_targets=true"),
     ("mc_net_plus", "normalized_sharpening=true"),

@@ -81,6 +81,13 @@ CATALOGUE = (
         "two networks, begun differently, learn from each other's labels",
     ),
     Entry(
+        "dan",
+        "scantly.methods.dan:AdversarialNetwork",
+        "DAN",
+        "Zhang et al., MICCAI 2017",
+        "fool a judge that tells labeled from unlabeled images by their segmentations",
+    ),
+    Entry(
         "cct",
         "scantly.methods.cct:CrossConsistency",
         "CCT",

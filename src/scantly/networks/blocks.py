@@ -16,6 +16,7 @@ __all__ = [
     "INSTANCE_NORM",
     "LINEAR",
     "POOL",
+    "POOL_TO",
     "AddingUp",
     "ConcatenatingUp",
     "Upsampling",
@@ -26,6 +27,8 @@ __all__ = [
 
 CONV: dict[int, type[nn.Module]] = {2: nn.Conv2d, 3: nn.Conv3d}
 POOL: dict[int, type[nn.Module]] = {2: nn.MaxPool2d, 3: nn.MaxPool3d}
+#: Averages over a given number of cells per axis.
+POOL_TO: dict[int, type[nn.Module]] = {2: nn.AdaptiveAvgPool2d, 3: nn.AdaptiveAvgPool3d}
 #: Dropout of whole channels.
 DROP_CHANNELS: dict[int, type[nn.Module]] = {2: nn.Dropout2d, 3: nn.Dropout3d}
 _TRANSPOSED: dict[int, type[nn.Module]] = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}

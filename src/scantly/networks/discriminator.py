@@ -1,0 +1,60 @@
+"""Judges of segmentations: which kind of image a map belongs to."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+from typing import Literal
+
+from torch import Tensor, nn
+
+from scantly.networks.blocks import CONV, POOL_TO
+
+__all__ = ["Discriminator"]
+
+_WIDTHS = (64, 128, 256, 512)
+_SLOPE, _DROPOUT = 0.2, 0.5
+_CELLS = {2: 2, 3: 1}
+
+
+class Discriminator(nn.Module):
+    """Convolutional network that tells from a map and its image which of two kinds they are.
+
+    That of the adversarial methods in the public code of SSL4MIS, after Zhang et al., "Deep Adversarial Networks for
+    Biomedical Image Segmentation Utilizing Unannotated Images", MICCAI 2017. Map and image enter by convolutions of
+    their own, whose results are added; three more halve the sides to a sixteenth; leaky ReLU (0.2) and dropout (0.5)
+    follow each. With one image channel and four map channels it has 2,762,754 parameters in 2D.
+
+    Deviations: averages over 2 x 2 cells in 2D, one in 3D, whatever the size of the image (there windows that fit
+    256 x 256 and 96 x 96 x 96); in 2D the code has no rectifier between the sum and the next convolution.
+
+    Args:
+        spatial_dims: 2 or 3.
+        map_channels: Channels of the map.
+        image_channels: Channels of the image.
+    """
+
+    def __init__(self, spatial_dims: Literal[2, 3], map_channels: int, image_channels: int) -> None:
+        super().__init__()
+
+        def halving(inputs: int, outputs: int) -> nn.Module:
+            return CONV[spatial_dims](inputs, outputs, 4, stride=2, padding=1)
+
+        self.of_map = halving(map_channels, _WIDTHS[0])
+        self.of_image = halving(image_channels, _WIDTHS[0])
+        layers: list[nn.Module] = []
+        for a, b in pairwise(_WIDTHS):
+            layers += [nn.LeakyReLU(_SLOPE), nn.Dropout(_DROPOUT), halving(a, b)]
+        cells = _CELLS[spatial_dims]
+        self.layers = nn.Sequential(*layers, nn.LeakyReLU(_SLOPE), nn.Dropout(_DROPOUT))
+        self.pool = POOL_TO[spatial_dims](cells)
+        self.classify = nn.Linear(_WIDTHS[-1] * cells**spatial_dims, 2)
+
+    def forward(self, maps: Tensor, images: Tensor) -> Tensor:
+        """Logits of the two kinds, ``(B, 2)``.
+
+        Args:
+            maps: ``(B, map_channels, *spatial)``, sides of 16 or more.
+            images: ``(B, image_channels, *spatial)``.
+        """
+        judged: Tensor = self.classify(self.pool(self.layers(self.of_map(maps) + self.of_image(images))).flatten(1))
+        return judged
