@@ -23,12 +23,13 @@ TERM = {
     **dict.fromkeys(("ua_mt", "ict"), "consistency"),
     "entropy_minimization": "entropy",
     "cps": "cross",
+    "pseudo_label": "pseudo",
     "dan": "adversarial",
     **dict.fromkeys(("cct", "mc_net", "mc_net_plus"), "consistency"),
     "unimatch": "strong",
 }
 #: Switches without which that term is gone.
-WITHOUT = ("contrast_weight=0", "use_ds=false", "use_cl=false")
+WITHOUT = ("form=rounds", "contrast_weight=0", "use_ds=false", "use_cl=false")
 ABLATIONS = [
     ("arco", "sampler=naive"),
     ("arco", "sampler=sag"),
@@ -55,6 +56,8 @@ ABLATIONS = [
     ("ua_mt", "teacher_buffers=own predict_with=student"),
     ("ict", "beta=1"),
     ("entropy_minimization", "rows=all"),
+    ("pseudo_label", "dice_weight=1 mask_normalization=masked"),
+    ("pseudo_label", "form=rounds rounds=2"),
     ("cps", "rows=all predict_with=second"),
     ("dan", "judge_lr=0.001"),
     ("cct", "official=true supervised_auxiliary=false"),

@@ -74,6 +74,13 @@ CATALOGUE = (
         "push predictions of unlabeled images to be certain",
     ),
     Entry(
+        "pseudo_label",
+        "scantly.methods.pseudo_label:PseudoLabel",
+        "Self-training",
+        "Lee, ICML workshop 2013",
+        "the network's own confident predictions are its labels, at every step or round by round",
+    ),
+    Entry(
         "cps",
         "scantly.methods.cps:CrossPseudoSupervision",
         "CPS",
