@@ -23,8 +23,8 @@ class PseudoLabel(Method):
     Lee, "Pseudo-Label: The Simple and Efficient Semi-Supervised Learning Method for Deep Neural Networks", ICML
     workshop on Challenges in Representation Learning, 2013, voxel by voxel, in two forms:
 
-    * ``form=online``: at every step the most probable class of each voxel of the unlabeled images is its label where its
-      probability reaches ``confidence_threshold``; cross-entropy, divided by all voxels.
+    * ``form=online``: at every step the most probable class of each voxel of the unlabeled images is its label where
+      its probability reaches ``confidence_threshold``; cross-entropy, divided by all voxels.
     * ``form=rounds``: train on the labeled images, label the whole pool, begin anew and train on both; so ``rounds``
       times. Labels of the pool come from the last iteration of the stage before, never from a choice by test cases.
 
