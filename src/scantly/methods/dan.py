@@ -67,8 +67,9 @@ class AdversarialNetwork(Method):
         """What the judge minimizes: cross-entropy of its verdicts on maps that take no gradient."""
         with torch.no_grad(), evaluation_mode(self.network):
             probs = self.network(batch.images).float().softmax(1)
-        is_labeled = torch.cat([torch.ones(len(batch.labeled)), torch.zeros(len(batch.unlabeled))])
-        return F.cross_entropy(self.judge(probs, batch.images).float(), is_labeled.long().to(probs.device))
+        # Made on the device: a tensor from the host would be waited for.
+        is_labeled = torch.arange(len(probs), device=probs.device) < len(batch.labeled)
+        return F.cross_entropy(self.judge(probs, batch.images).float(), is_labeled.long())
 
     def step(self, batch: Batch, progress: Progress, handles: Handles) -> dict[str, Tensor]:
         """First the network, then the judge; neither's loss reaches the other's weights."""
