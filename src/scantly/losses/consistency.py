@@ -153,7 +153,7 @@ def sharpened(logits: Tensor, temperature: float, *, normalized: bool = False) -
     Example:
         >>> p = torch.tensor([0.55, 0.6, 0.7])
         >>> sharpened(torch.stack([p, 1 - p]).log()[None], 0.1)[0, 0]
-        tensor([0.8815, 0.9829, 0.9998])
+        tensor([0.8815, 0.9830, 0.9998])
     """
     logits = logits if logits.dtype == torch.float64 else logits.float()
     if normalized:
