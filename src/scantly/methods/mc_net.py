@@ -34,7 +34,8 @@ class MCNet(Method):
 
     Deviations: a backbone of which there is one kind of decoder alone has further ones of the same kind, initialized
     anew. The ramp is that of the 2D code (0.1); for the left atrium it is 1 after 6,000 of 15,000 iterations (recipe
-    ``la``). The public code keeps the learning rate constant (``training.schedule=constant``).
+    ``la``). The public code keeps the learning rate constant (``training.schedule=constant``) and reads
+    the ramp one iteration later.
     """
 
     class Config(RampConfig, SupervisionConfig):

@@ -13,6 +13,7 @@ from scantly.losses import cross_entropy
 from scantly.methods.base import Batch, Method, OptimizerSpec, Progress, Rows, Stage, Task
 from scantly.methods.parts.batch_norm import without_statistics
 from scantly.methods.parts.ema import ema_decay, gather_statistics, make_teacher, update_teacher
+from scantly.methods.parts.modes import evaluation_mode
 from scantly.methods.parts.patch_contrast import Guide, PatchContrast, PatchContrastConfig
 from scantly.methods.parts.supervision import SupervisionConfig, outputs, supervised_loss
 from scantly.networks import EncoderDecoder
@@ -188,7 +189,6 @@ class PLGCL(Method):
 
 def predict(network: nn.Module, images: Tensor) -> Tensor:
     """Probabilities in evaluation mode, ``(B, classes, *spatial)``, float32."""
-    training = network.training
-    probs: Tensor = network.eval()(images).float().softmax(1)
-    network.train(training)
+    with evaluation_mode(network):
+        probs: Tensor = network(images).float().softmax(1)
     return probs

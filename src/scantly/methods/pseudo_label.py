@@ -29,7 +29,8 @@ class PseudoLabel(Method):
       times. Labels of the pool come from the last iteration of the stage before, never from a choice by test cases.
 
     There is no public code of the field for either. In rounds every stage begins with the weights that the first began
-    with, and labels of the pool count as much as given ones.
+    with, and labels of the pool count as much as given ones: neither are doubtful voxels left out of them, nor all but
+    the largest component of a structure.
     """
 
     class Config(RampConfig, SupervisionConfig):
