@@ -24,8 +24,8 @@ TERM = {
     "entropy_minimization": "entropy",
     "cps": "cross",
     "pseudo_label": "pseudo",
-    "dan": "adversarial",
-    **dict.fromkeys(("cct", "mc_net", "mc_net_plus"), "consistency"),
+    **dict.fromkeys(("dan", "sassnet"), "adversarial"),
+    **dict.fromkeys(("pi_model", "cct", "dtc", "mc_net", "mc_net_plus"), "consistency"),
     "unimatch": "strong",
 }
 #: Switches without which that term is gone.
@@ -60,6 +60,9 @@ ABLATIONS = [
     ("pseudo_label", "form=rounds rounds=2"),
     ("cps", "rows=all predict_with=second"),
     ("dan", "judge_lr=0.001"),
+    ("pi_model", "rows=unlabeled noisy_passes=2"),
+    ("dtc", "empty_distance=zero steepness=100"),
+    ("sassnet", "distance_weight=0 judge_lr=0.001"),
     ("cct", "official=true supervised_auxiliary=false"),
     ("mc_net", "supervised=ce_dice detach_targets=true"),
     ("mc_net_plus", "normalized_sharpening=true"),

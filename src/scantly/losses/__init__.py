@@ -20,6 +20,7 @@ from scantly.losses.contrastive import (
     similarity_divergence,
     unit,
 )
+from scantly.losses.distance_maps import Empty, signed_distance, soft_mask, squared_distance
 from scantly.losses.overlap import (
     cross_entropy,
     cross_entropy_dice,
@@ -30,6 +31,7 @@ from scantly.losses.overlap import (
 
 __all__ = [
     "IGNORED",
+    "Empty",
     "confident_cross_entropy",
     "cosine_similarities",
     "cross_entropy",
@@ -45,9 +47,12 @@ __all__ = [
     "pyramid_consistency",
     "sampled_similarities",
     "sharpened",
+    "signed_distance",
     "similarity_divergence",
     "soft_dice",
     "soft_dice_per_image",
+    "soft_mask",
+    "squared_distance",
     "unit",
     "weighted_cross_entropy",
 ]

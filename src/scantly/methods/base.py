@@ -62,16 +62,19 @@ class Task:
             arguments=self.network_arguments,
         )
 
-    def encoder_decoder(self, *, in_channels: int | None = None) -> networks.EncoderDecoder:
+    def encoder_decoder(
+        self, *, in_channels: int | None = None, out_channels: int | None = None
+    ) -> networks.EncoderDecoder:
         """:meth:`network` for methods that use features, not logits alone.
 
         Args:
             in_channels: Channels of its input; ``None``: of the images.
+            out_channels: Channels of its output; ``None``: the classes.
 
         Raises:
             ConfigError: if the backbone gives logits only, as MONAI's do.
         """
-        network = self.network(in_channels=in_channels)
+        network = self.network(in_channels=in_channels, out_channels=out_channels)
         if not isinstance(network, networks.EncoderDecoder):
             raise ConfigError(
                 f"network {self.network_name} gives logits only, and this method needs its features; choose "

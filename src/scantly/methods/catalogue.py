@@ -46,6 +46,13 @@ CATALOGUE = (
         "labeled cases alone: lower bound; with all labels the upper bound",
     ),
     Entry(
+        "pi_model",
+        "scantly.methods.pi_model:PiModel",
+        "Pi-model",
+        "Laine and Aila, ICLR 2017",
+        "two passes of one network with noise and dropout of their own must agree",
+    ),
+    Entry(
         "mean_teacher",
         "scantly.methods.mean_teacher:MeanTeacher",
         "Mean Teacher",
@@ -107,6 +114,20 @@ CATALOGUE = (
         "URPC",
         "Luo et al., MICCAI 2021",
         "scales of one decoder must match their mean, less where they diverge",
+    ),
+    Entry(
+        "dtc",
+        "scantly.methods.dtc:DualTaskConsistency",
+        "DTC",
+        "Luo et al., AAAI 2021",
+        "a predicted distance map, turned into a mask, must agree with the predicted mask",
+    ),
+    Entry(
+        "sassnet",
+        "scantly.methods.sassnet:ShapeAware",
+        "SASSNet",
+        "Li et al., MICCAI 2020",
+        "fool a judge that tells labeled from unlabeled images by their predicted distance maps",
     ),
     Entry(
         "mc_net",

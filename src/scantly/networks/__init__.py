@@ -1,6 +1,7 @@
 """Backbones by name, ours and every network of MONAI by its class name; heads on their features."""
 
 from scantly.networks.catalogue import build, check_sides, known_networks, side_factors
+from scantly.networks.distance import DistanceNetwork
 from scantly.networks.encoder_decoder import Decoder, EncoderDecoder
 from scantly.networks.pyramid import PyramidHead
 from scantly.networks.unet import UNet, UNet3D
@@ -8,6 +9,7 @@ from scantly.networks.vnet import VNet
 
 __all__ = [
     "Decoder",
+    "DistanceNetwork",
     "EncoderDecoder",
     "PyramidHead",
     "UNet",

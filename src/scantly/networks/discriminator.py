@@ -7,7 +7,7 @@ from typing import Literal
 
 from torch import Tensor, nn
 
-from scantly.networks.blocks import CONV, POOL_TO
+from scantly.networks.blocks import CONV, DROP_CHANNELS, POOL_TO
 
 __all__ = ["Discriminator"]
 
@@ -31,10 +31,15 @@ class Discriminator(nn.Module):
         spatial_dims: 2 or 3.
         map_channels: Channels of the map.
         image_channels: Channels of the image.
+        whole_channels: Dropout takes whole channels, and none follows the last convolution, as in the public code of
+            Li et al. (SASSNet), MICCAI 2020; for one map in 3D it has 11,020,290 parameters.
     """
 
-    def __init__(self, spatial_dims: Literal[2, 3], map_channels: int, image_channels: int) -> None:
+    def __init__(
+        self, spatial_dims: Literal[2, 3], map_channels: int, image_channels: int, *, whole_channels: bool = False
+    ) -> None:
         super().__init__()
+        dropout = DROP_CHANNELS[spatial_dims] if whole_channels else nn.Dropout
 
         def halving(inputs: int, outputs: int) -> nn.Module:
             return CONV[spatial_dims](inputs, outputs, 4, stride=2, padding=1)
@@ -43,9 +48,10 @@ class Discriminator(nn.Module):
         self.of_image = halving(image_channels, _WIDTHS[0])
         layers: list[nn.Module] = []
         for a, b in pairwise(_WIDTHS):
-            layers += [nn.LeakyReLU(_SLOPE), nn.Dropout(_DROPOUT), halving(a, b)]
+            layers += [nn.LeakyReLU(_SLOPE), dropout(_DROPOUT), halving(a, b)]
         cells = _CELLS[spatial_dims]
-        self.layers = nn.Sequential(*layers, nn.LeakyReLU(_SLOPE), nn.Dropout(_DROPOUT))
+        last = [] if whole_channels else [nn.Dropout(_DROPOUT)]
+        self.layers = nn.Sequential(*layers, nn.LeakyReLU(_SLOPE), *last)
         self.pool = POOL_TO[spatial_dims](cells)
         self.classify = nn.Linear(_WIDTHS[-1] * cells**spatial_dims, 2)
 
