@@ -6,6 +6,7 @@ import functools
 import inspect
 import json
 import re
+import runpy
 import shlex
 import tomllib
 from collections.abc import Iterator
@@ -41,7 +42,7 @@ from scantly.training.resolve import known_recipes, read_recipe
 from scantly.views import WeakConfig
 
 ROOT = Path(__file__).parents[1]
-PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
 SECTIONS: dict[str, type[Settings]] = {
     "data": DataSection,
     "plan": Plan,
@@ -261,6 +262,15 @@ def test_recipes_are_listed() -> None:
 def test_methods_are_listed_in_the_readme() -> None:
     rows = re.findall(r"^\|[^|]+\| `([a-z_]+)` \|", (ROOT / "README.md").read_text(encoding="utf-8"), re.M)
     assert rows == [entry.name for entry in catalogue.CATALOGUE]
+
+
+def test_the_pages_of_methods_are_current() -> None:
+    """``python docs/method_pages.py`` writes them."""
+    made = runpy.run_path(str(ROOT / "docs" / "method_pages.py"))["pages"]()
+    folder = ROOT / "docs" / "methods"
+    assert {path.name for path in folder.iterdir()} == set(made)
+    for name, text in made.items():
+        assert (folder / name).read_text(encoding="utf-8") == text, f"{name}: run python docs/method_pages.py"
 
 
 def test_codes_of_findings_are_listed() -> None:

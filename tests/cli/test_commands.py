@@ -19,7 +19,7 @@ def test_methods_lists_and_describes(scantly) -> None:
     assert "Tarvainen and Valpola, NeurIPS 2017" in listed.out
     entries = json.loads(scantly("methods", "--json").out)
     assert {"name", "title", "paper", "summary"} == set(entries[0])
-    assert [entry["name"] for entry in entries][:2] == ["supervised", "mean_teacher"]
+    assert [entry["name"] for entry in entries][:2] == ["supervised", "pi_model"]
 
     described = scantly("methods", "mean_teacher")
     assert "ema_decay = 0.99" in described.out

@@ -8,6 +8,7 @@ import torch
 
 from scantly.inference.settings import InferenceSettings
 from scantly.inference.windows import predict_array
+from scantly.losses import signed_distance
 from scantly.methods import catalogue
 from scantly.methods.base import Batch, Progress, Task
 from scantly.networks import build
@@ -139,3 +140,12 @@ def test_samples_on_the_gpu_are_those_of_the_cpu(infer):
     with torch.no_grad():
         probs = [predictor.to(device)(images.to(device)).softmax(1).cpu() for device in ("cpu", "cuda")]
     torch.testing.assert_close(probs[0], probs[1], atol=5e-3, rtol=0)  # convolutions in TF32
+
+
+@pytest.mark.parametrize("shape", [(6, 96, 80), (2, 24, 40, 32)])
+def test_signed_distances_on_the_gpu_are_those_of_the_cpu(shape):
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.rand(shape, generator=generator) > torch.rand(shape[0], *[1] * (len(shape) - 1), generator=generator)
+    mask[0], mask[1] = False, True
+    for empty in ("outside", "zero"):
+        assert torch.equal(signed_distance(mask.cuda(), empty=empty).cpu(), signed_distance(mask, empty=empty))

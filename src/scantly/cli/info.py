@@ -20,12 +20,12 @@ _WIDTH = 100
 
 
 def methods(
-    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A method; its paper and settings.")] = None,
+    name: Annotated[str | None, typer.Argument(metavar="NAME", help="A method: paper, settings, results.")] = None,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """List the methods, or describe one.
 
-    With a name: paper, idea, settings with their meaning and default.
+    With a name: paper, idea, settings with their meaning and default, published results.
     """
     from scantly.methods import catalogue
 
@@ -37,9 +37,13 @@ def methods(
             rows = [(entry.name, entry.paper, entry.summary) for entry in entries]
             say_table(("method", "paper", "idea"), rows, text_columns=3)
         return
+    from scantly.benchmark.published import published_results
+    from scantly.cli.published import say_published
+
     described = catalogue.describe(name)
+    published = published_results(name)
     if json:
-        say_json(described)
+        say_json({**described, "published": [asdict(result) for result in published]})
         return
     say(f"{described['title']} ({described['name']})")
     say(f"{described['paper']}: {described['summary']}\n")
@@ -50,6 +54,7 @@ def methods(
         say(f"  {key} = {_yaml(setting['default'])}{kind}")
         if setting["description"]:
             say_wrapped(setting["description"], indent=6)
+    say_published(published)
 
 
 def plan(

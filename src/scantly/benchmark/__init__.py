@@ -1,0 +1,1 @@
+"""Comparison with the literature: its published results, as data."""
