@@ -11,22 +11,12 @@ from scantly.methods import catalogue
 from scantly.methods.base import Batch, Method, Progress, Stage, Task
 from scantly.training.config import TrainingSection
 from scantly.training.optimizers import TrainingHandles
+from small_methods import LEVELS, SMALL
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 METHODS = [entry.name for entry in catalogue.CATALOGUE]
 STEPS = 30
 STAGE = Stage()
-#: Settings that cost time and change nothing in how a method works; and the optimizer of the tests, because a method's
-#: own may be too slow for thirty steps.
-SMALL = {
-    "arco": {"dense_channels": 8, "anchors": 32, "negatives_per_anchor": 16},
-    "plgcl": {"patch_budget": 16, "ema_rampup": True},
-    "lclpl": {"optimizer": "recipe"},
-}
-
-
-#: Levels of the tests' networks, where two are too few.
-LEVELS = {"urpc": 3}
 
 
 def make_rows(count: int, dims: int, device: str, seed: int) -> tuple[torch.Tensor, torch.Tensor]:

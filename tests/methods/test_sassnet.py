@@ -11,7 +11,8 @@ from consistency_tasks import make, make_batch
 from torch import nn
 
 from scantly.losses import signed_distance, soft_dice
-from scantly.methods.base import Progress, Stage
+from scantly.methods import catalogue
+from scantly.methods.base import Batch, Progress, Stage, Task
 from scantly.networks.discriminator import Discriminator
 from scantly.training.config import TrainingSection
 from scantly.training.optimizers import TrainingHandles
@@ -126,3 +127,30 @@ def test_judging_leaves_the_networks_statistics_and_modes_alone():
     method.judgment(batch)
     assert all(torch.equal(value, buffers[key]) for key, value in method.network.named_buffers())
     assert all(module.training for module in method.modules())
+
+
+@pytest.mark.parametrize("sides", [(8, 64, 64), (1, 16, 20), (2, 3, 40), (5, 5, 5)])
+def test_thin_patches_are_halved_where_they_can_be(sides):
+    judge = Discriminator(3, 1, 1, sides=sides, whole_channels=True).eval()
+    assert judge(torch.rand(2, 1, *sides), torch.rand(2, 1, *sides)).shape == (2, 2)
+
+
+def test_sides_of_sixteen_or_more_change_nothing():
+    torch.manual_seed(0)
+    plain = Discriminator(2, 3, 1)
+    torch.manual_seed(0)
+    given = Discriminator(2, 3, 1, sides=(16, 40))
+    for mine, theirs in zip(plain.parameters(), given.parameters(), strict=True):
+        assert torch.equal(mine, theirs)
+
+
+@pytest.mark.parametrize("name", ["dan", "sassnet"])
+def test_a_step_on_a_thin_patch(name):
+    kind = catalogue.load(name)
+    arguments = {"widths": [4, 8], "kernel_sizes": [[1, 3, 3], [3, 3, 3]], "strides": [[1, 1, 1], [1, 2, 2]]}
+    task = Task(1, ("background", "a"), 3, (4, 32, 32), "dynunet", arguments)
+    method = kind(task, kind.Config(**FULL)).train()
+    x, y = torch.rand(2, 1, 4, 32, 32), torch.randint(2, (2, 4, 32, 32))
+    handles = TrainingHandles(method, Stage(), TrainingSection(), 10)
+    terms = method.step(Batch(x, y, x, x, y, x), AT, handles)
+    assert all(torch.isfinite(value) for value in terms.values())

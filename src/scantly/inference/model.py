@@ -121,6 +121,11 @@ def load_model(path: Path, *, method: Mapping[str, Any] | None = None) -> Model:
         )
     task = Task.from_dict(content["task"])
     plan = parse(Plan, content["plan"], where=f"{file}: plan")
+    if content["method"] not in catalogue.methods():
+        raise RunError(
+            f"{file} was trained by method '{content['method']}', which no installed package has; install the package "
+            "that it came from."
+        )
     kind = catalogue.load(content["method"])
     original = parse(kind.Config, content["configuration"], where=f"{file}: method")
     settings = _changed(kind, content["method"], content["configuration"], method or {})

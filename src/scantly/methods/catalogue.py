@@ -205,7 +205,8 @@ def methods() -> dict[str, Entry]:
     for point in entry_points(group=ENTRY_POINTS):
         package = point.dist.name if point.dist else "an installed package"
         if point.name in found:
-            raise ConfigError(f"method '{point.name}' of {package} is already in the catalogue; rename or remove it.")
+            taken = found[point.name].paper if found[point.name] not in CATALOGUE else "in the catalogue"
+            raise ConfigError(f"method '{point.name}' of {package} is already {taken}; rename or remove it.")
         found[point.name] = Entry(point.name, point.value, point.name, f"from {package}", f"see {package}")
     return found
 
@@ -226,11 +227,31 @@ def load(name: str) -> type[Method]:
     """Import the class of a method.
 
     Raises:
-        ConfigError: if there is no such method.
+        ConfigError: if there is no such method, or an installed package that claims it does not have it.
     """
-    module, _, attribute = find(name).target.partition(":")
-    loaded: type[Method] = getattr(importlib.import_module(module), attribute)
+    entry = find(name)
+    module, _, attribute = entry.target.partition(":")
+    try:
+        loaded: type[Method] = getattr(importlib.import_module(module), attribute)
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        if entry in CATALOGUE:
+            raise
+        raise ConfigError(
+            f"method '{name}' {entry.paper} cannot be loaded from '{entry.target}' ({error}); mend or remove that "
+            "package."
+        ) from error
+    if entry not in CATALOGUE and not _is_method(loaded):
+        raise ConfigError(
+            f"method '{name}' {entry.paper}: '{entry.target}' is no subclass of scantly.methods.base.Method; mend or "
+            "remove that package."
+        )
     return loaded
+
+
+def _is_method(loaded: object) -> bool:
+    from scantly.methods.base import Method
+
+    return isinstance(loaded, type) and issubclass(loaded, Method)
 
 
 def describe(name: str) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class AdversarialNetwork(AdversarialMethod):
         super().__init__(task, config)
         self.config = config
         self.network = task.network()
-        self.judge = Discriminator(task.spatial_dims, task.num_classes, task.channels)
+        self.judge = Discriminator(task.spatial_dims, task.num_classes, task.channels, sides=task.patch_size)
 
     def losses(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """``supervised`` and ``adversarial``, weighted: what the network minimizes."""

@@ -48,7 +48,8 @@ class ShapeAware(AdversarialMethod):
         super().__init__(task, config)
         self.config = config
         self.network = distance_network(task)
-        self.judge = Discriminator(task.spatial_dims, task.num_classes - 1, task.channels, whole_channels=True)
+        maps = task.num_classes - 1
+        self.judge = Discriminator(task.spatial_dims, maps, task.channels, sides=task.patch_size, whole_channels=True)
         self.distances_of = config.label_distances(task.num_classes)
 
     def losses(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from itertools import pairwise
 from typing import Literal
 
@@ -31,23 +32,34 @@ class Discriminator(nn.Module):
         spatial_dims: 2 or 3.
         map_channels: Channels of the map.
         image_channels: Channels of the image.
+        sides: Sides of the maps, 16 or more unless given; an axis that has come down to one voxel is halved no further.
         whole_channels: Dropout takes whole channels, and none follows the last convolution, as in the public code of
             Li et al. (SASSNet), MICCAI 2020; for one map in 3D it has 11,020,290 parameters.
     """
 
     def __init__(
-        self, spatial_dims: Literal[2, 3], map_channels: int, image_channels: int, *, whole_channels: bool = False
+        self,
+        spatial_dims: Literal[2, 3],
+        map_channels: int,
+        image_channels: int,
+        *,
+        sides: Sequence[int] | None = None,
+        whole_channels: bool = False,
     ) -> None:
         super().__init__()
         dropout = DROP_CHANNELS[spatial_dims] if whole_channels else nn.Dropout
 
+        left = [2 ** len(_WIDTHS)] * spatial_dims if sides is None else list(sides)
+
         def halving(inputs: int, outputs: int) -> nn.Module:
-            return CONV[spatial_dims](inputs, outputs, 4, stride=2, padding=1)
+            kernel, stride = ([value if side > 1 else value - 1 for side in left] for value in (4, 2))
+            return CONV[spatial_dims](inputs, outputs, kernel, stride=stride, padding=1)
 
         self.of_map = halving(map_channels, _WIDTHS[0])
         self.of_image = halving(image_channels, _WIDTHS[0])
         layers: list[nn.Module] = []
         for a, b in pairwise(_WIDTHS):
+            left = [max(1, side // 2) for side in left]
             layers += [nn.LeakyReLU(_SLOPE), dropout(_DROPOUT), halving(a, b)]
         cells = _CELLS[spatial_dims]
         last = [] if whole_channels else [nn.Dropout(_DROPOUT)]
@@ -59,7 +71,7 @@ class Discriminator(nn.Module):
         """Logits of the two kinds, ``(B, 2)``.
 
         Args:
-            maps: ``(B, map_channels, *spatial)``, sides of 16 or more.
+            maps: ``(B, map_channels, *spatial)``, with sides as given when it was made.
             images: ``(B, image_channels, *spatial)``.
         """
         judged: Tensor = self.classify(self.pool(self.layers(self.of_map(maps) + self.of_image(images))).flatten(1))
