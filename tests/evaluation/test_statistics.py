@@ -163,6 +163,16 @@ def test_cases_without_a_value_are_excluded_and_counted() -> None:
         compare_methods({"A": table_of(A), "B": nothing})
 
 
+def test_one_method_is_compared_with_all_others() -> None:
+    tables = {"A": table_of(A), "B": table_of(B), "C": table_of(C)}
+    result = compare_methods(tables, against="A")
+    assert result[["a", "b"]].to_numpy().tolist() == [["B", "A"], ["C", "A"]]
+    assert result["difference"].tolist() == pytest.approx([-0.125, 0.0])
+    assert result["p_holm"].tolist() == holm(result["p"].tolist())  # two tests, not three
+    with pytest.raises(ConfigError, match="unknown method 'D'"):
+        compare_methods(tables, against="D")
+
+
 def test_methods_that_cannot_be_compared() -> None:
     fewer = {case: scores for case, scores in B.items() if case != "p2"} | {"p9": [0.5, 0.5]}
     with pytest.raises(RunError, match=r"p2 \(in A, not in B\), p9 \(in B, not in A\)"):

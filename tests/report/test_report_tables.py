@@ -31,7 +31,7 @@ def hand_made(values: dict[str, list[list[float]]], *, bound: dict[str, str] | N
         table = pd.DataFrame(rows)
         run = Run.__new__(Run)
         result = Result(run=run, name=label, seed=0, table=table, summary={})
-        methods.append(Method(label, (bound or {}).get(label, ""), (result,), table))
+        methods.append(Method(label, label, 3, (bound or {}).get(label, ""), (result,), table))
     return Section("clean", "test", tuple(methods), tuple(cases), ("A", "B"), {}, "subject", (), 2.0)
 
 

@@ -8,7 +8,7 @@ import typer
 from typer.core import TyperGroup
 
 from scantly._version import __version__
-from scantly.cli import dataset, demonstration, info, results, training
+from scantly.cli import benchmark, dataset, demonstration, info, results, training
 from scantly.cli.arguments import examples
 from scantly.cli.output import say
 from scantly.errors import RunError
@@ -117,6 +117,14 @@ for _command, _epilog in (
         examples(
             "scantly compare runs/supervised runs/mean-teacher",
             "scantly compare runs/* --out comparison.html --json",
+        ),
+    ),
+    (
+        benchmark.benchmark,
+        examples(
+            "scantly benchmark acdc.yaml --out results --dry-run",
+            "scantly benchmark acdc.yaml --out results --processes 2",
+            "scantly benchmark acdc.yaml --out results --retry-failed",
         ),
     ),
 ):

@@ -44,7 +44,7 @@ from scantly.errors import ConfigError, DatasetError, ImageError
 from scantly.files import digest, read_json, write_json, write_text
 from scantly.imaging import Label
 
-__all__ = ["build_store"]
+__all__ = ["build_store", "cache_root"]
 
 log = logging.getLogger("scantly")
 
@@ -97,7 +97,7 @@ def build_store(
             f"{len(dataset.channels)}; make the plan from this dataset."
         )
     labeled = set(with_labels).intersection(names)
-    base = _cache_root(root) / f"{_file_name(dataset.name)}-{_digest(dataset, plan)}"
+    base = cache_root(root) / f"{_file_name(dataset.name)}-{_digest(dataset, plan)}"
     folder = base / f"set-{digest([list(names), sorted(labeled)])}"
     base.mkdir(parents=True, exist_ok=True)
     with _locked(base):
@@ -278,7 +278,8 @@ def _file_name(name: str) -> str:
     return re.sub(r"[^\w.-]+", "_", name)
 
 
-def _cache_root(root: Path | None) -> Path:
+def cache_root(root: Path | None = None) -> Path:
+    """The folder of what can be made again: ``root``, else ``$SCANTLY_CACHE``, else ``~/.cache/scantly``."""
     if root is not None:
         return root.absolute()
     return Path(os.environ.get("SCANTLY_CACHE") or "~/.cache/scantly").expanduser().absolute()

@@ -1,5 +1,6 @@
 """How good segmentations are: metrics, per-case tables, and statistics between methods."""
 
+from scantly.evaluation.learning import CurvePoint, LearningCurve, learning_curve
 from scantly.evaluation.masks import Status
 from scantly.evaluation.metrics import (
     CONVENTIONS,
@@ -17,7 +18,16 @@ from scantly.evaluation.metrics import (
     score_case,
     surface_distances,
 )
+from scantly.evaluation.ranks import Ranking, case_ranks, cliques, critical_difference, friedman, rank_methods
 from scantly.evaluation.statistics import bootstrap_interval, compare_methods, holm, wilcoxon_p
+from scantly.evaluation.summaries import (
+    OVERALL,
+    Labeled,
+    ScoredRun,
+    compare_over_seeds,
+    mean_over_seeds,
+    summarize_runs,
+)
 from scantly.evaluation.surfaces import SurfaceDistances, image_diagonal
 from scantly.evaluation.tables import (
     COUNTS,
@@ -35,11 +45,17 @@ __all__ = [
     "CONVENTIONS",
     "COUNTS",
     "DEFINITIONS",
+    "OVERALL",
     "TOLERANCE_MM",
     "TOLERANCE_VOXELS",
     "Convention",
+    "CurvePoint",
     "Definition",
+    "Labeled",
+    "LearningCurve",
+    "Ranking",
     "Row",
+    "ScoredRun",
     "Status",
     "SurfaceDistances",
     "aggregate_seeds",
@@ -47,19 +63,28 @@ __all__ = [
     "assd",
     "bootstrap_interval",
     "case_means",
+    "case_ranks",
+    "cliques",
     "compare_methods",
+    "compare_over_seeds",
+    "critical_difference",
     "dice",
     "dice_per_class",
+    "friedman",
     "hd95",
     "holm",
     "image_diagonal",
     "jaccard",
+    "learning_curve",
     "load_table",
     "make_table",
+    "mean_over_seeds",
     "nsd",
+    "rank_methods",
     "save_table",
     "score_case",
     "summarize",
+    "summarize_runs",
     "surface_distances",
     "wilcoxon_p",
 ]

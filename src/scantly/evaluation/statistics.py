@@ -2,6 +2,7 @@
 
 The unit is the case (its mean over classes), or the subject where cases of one subject are grouped. The
 statistics say how far a difference would carry over to other cases; they do not cover the spread over seeds.
+Runs of several seeds are averaged first, by :func:`scantly.evaluation.compare_over_seeds`.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from scantly.errors import RunError
+from scantly.errors import ConfigError, RunError, unknown_name
 from scantly.evaluation.tables import case_means
 
 if TYPE_CHECKING:
@@ -109,40 +110,46 @@ def compare_methods(
     *,
     metric: str = "dice",
     groups: Mapping[str, str] | None = None,
+    against: str | None = None,
     confidence: float = 0.95,
     resamples: int = RESAMPLES,
     seed: int = 0,
 ) -> pd.DataFrame:
-    """Compare every two methods on the same cases.
+    """Compare every two methods on the same cases, or every method with one of them.
 
     Args:
         tables: Method name to its per-case table. All must hold the same cases and classes, each once.
         metric: Column of :data:`scantly.evaluation.DEFINITIONS`.
         groups: Case to subject. Cases of a subject (two frames of a heart) are not independent, so they are
             averaged first. None: every case stands for itself.
+        against: Method that all others are compared with, and only they: fewer tests, and so a milder
+            correction. None: every two methods.
         confidence: Coverage of the interval, between 0 and 1.
         resamples: Bootstrap samples.
         seed: Of the bootstrap. Each pair draws the same resamples.
 
     Returns:
-        One row per pair ``a``, ``b`` in the order given: ``metric``, ``n`` (cases or subjects compared),
-        ``excluded`` (those without a value in one of the two), ``mean_a``, ``mean_b``, ``difference`` (mean
-        of a - b), ``ci_low``, ``ci_high``, ``p`` (Wilcoxon signed-rank) and ``p_holm`` (corrected over all
-        rows).
+        One row per pair ``a``, ``b`` in the order given (``b`` is ``against``, if that is given): ``metric``,
+        ``n`` (cases or subjects compared), ``excluded`` (those without a value in one of the two), ``mean_a``,
+        ``mean_b``, ``difference`` (mean of a - b), ``ci_low``, ``ci_high``, ``p`` (Wilcoxon signed-rank) and
+        ``p_holm`` (corrected over all rows).
 
     Raises:
         RunError: if there are fewer than two methods, their cases or classes differ (the message names
             them), a case comes twice, or nothing can be compared.
-        ConfigError: if the metric is unknown.
+        ConfigError: if the metric or the method ``against`` is unknown.
     """
     import pandas as pd
 
     if len(tables) < 2:
         raise RunError(f"a comparison needs at least two methods, got {len(tables)}.")
-    _check_same_rows(tables)
-    values = {name: _unit_means(table, metric, groups) for name, table in tables.items()}
+    if against is not None and against not in tables:
+        raise ConfigError(unknown_name("method", against, tables))
+    check_same_rows(tables)
+    values = {name: unit_means(table, metric, groups) for name, table in tables.items()}
+    pairs_of_names = combinations(values, 2) if against is None else ((a, against) for a in values if a != against)
     rows = []
-    for a, b in combinations(values, 2):
+    for a, b in pairs_of_names:
         pairs = pd.concat([values[a], values[b]], axis=1, join="inner", keys=["a", "b"])
         known = pairs.dropna()
         if known.empty:
@@ -171,7 +178,8 @@ def compare_methods(
     return result
 
 
-def _unit_means(table: pd.DataFrame, metric: str, groups: Mapping[str, str] | None) -> pd.Series[float]:
+def unit_means(table: pd.DataFrame, metric: str, groups: Mapping[str, str] | None) -> pd.Series[float]:
+    """Mean over classes of one metric per case, or per subject where cases are grouped; NaN if there is none."""
     means = case_means(table, metric)
     if groups is None:
         return means
@@ -180,8 +188,8 @@ def _unit_means(table: pd.DataFrame, metric: str, groups: Mapping[str, str] | No
     return grouped
 
 
-def _check_same_rows(tables: Mapping[str, pd.DataFrame]) -> None:
-    """Refuse tables that do not hold the same cases and classes."""
+def check_same_rows(tables: Mapping[str, pd.DataFrame]) -> None:
+    """Refuse tables that do not hold the same cases and classes, each once, with the names of those cases."""
     rows: dict[str, set[tuple[str, str]]] = {}
     for name, table in tables.items():
         listed = list(zip(table["case"], table["class"], strict=True))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from scantly.errors import RunError
-from scantly.evaluation import DEFINITIONS, TOLERANCE_MM
+from scantly.evaluation import DEFINITIONS, TOLERANCE_MM, Labeled
 from scantly.files import digest
 from scantly.methods import catalogue
 from scantly.report.configs import differing_keys, flatten
@@ -60,6 +60,11 @@ class Result:
     table: pd.DataFrame
     summary: Mapping[str, Any]
 
+    @property
+    def anchor(self) -> str:
+        """Id of the run on the page."""
+        return f"run-{digest(self.name)}"
+
 
 @dataclass(frozen=True, eq=False)
 class Method:
@@ -67,15 +72,24 @@ class Method:
 
     Attributes:
         label: Method and number of labeled subjects, and what else tells it from the others.
+        row: The same without the number: what runs with different numbers share.
+        labeled: Number of labeled subjects; ``"all"`` where no training case was left unlabeled.
         bound: Whether it bounds the others from below or above.
         results: Its runs, by seed.
         table: Per-case table, each value the mean over the runs.
     """
 
     label: str
+    row: str
+    labeled: Labeled
     bound: Bound
     results: tuple[Result, ...]
     table: pd.DataFrame
+
+    @property
+    def anchor(self) -> str:
+        """Id of its first run on the page."""
+        return self.results[0].anchor
 
     @property
     def title(self) -> str:
@@ -125,12 +139,13 @@ class Section:
         return any(bool(result.table["hd95_mm"].notna().any()) for result in self.results)
 
 
-def collect(runs: Sequence[Run], split: str | None = None) -> list[Section]:
+def collect(runs: Sequence[Run], split: str | None = None, *, rows: Mapping[Path, str] | None = None) -> list[Section]:
     """Sort runs into sections and methods.
 
     Args:
         runs: Evaluated runs, each once.
         split: ``"test"`` or ``"val"``; ``None``: test if all runs were evaluated on it, else val.
+        rows: Run folder to what its method is to be called; ``None``: as method and settings say.
 
     Returns:
         One section per protocol kind, in the order of the runs.
@@ -152,7 +167,8 @@ def collect(runs: Sequence[Run], split: str | None = None) -> list[Section]:
     for result in results:
         protocol = str(result.run.config.get("evaluation", {}).get("protocol", "clean"))
         by_protocol.setdefault(protocol, []).append(result)
-    return [_section(protocol, chosen, members) for protocol, members in by_protocol.items()]
+    named = {folder.resolve(): row for folder, row in (rows or {}).items()}
+    return [_section(protocol, chosen, members, named) for protocol, members in by_protocol.items()]
 
 
 def _choose_split(runs: Sequence[Run], split: str | None) -> str:
@@ -195,7 +211,7 @@ def _read(run: Run, name: str, split: str) -> Result:
     return Result(run=run, name=name, seed=seed, table=table, summary=run.summary(split))
 
 
-def _section(protocol: str, split: str, results: Sequence[Result]) -> Section:
+def _section(protocol: str, split: str, results: Sequence[Result], rows: Mapping[Path, str]) -> Section:
     first = results[0]
     for other in results[1:]:
         _refuse_other_cases(first, other)
@@ -208,7 +224,7 @@ def _section(protocol: str, split: str, results: Sequence[Result]) -> Section:
     return Section(
         protocol=protocol,
         split=split,
-        methods=_methods(results),
+        methods=_methods(results, rows),
         cases=tuple(dict.fromkeys(first.table["case"])),
         classes=tuple(dict.fromkeys(first.table["class"])),
         groups=described.get("groups", {}),
@@ -229,21 +245,30 @@ def _refuse_other_cases(first: Result, other: Result) -> None:
             )
 
 
-def _methods(results: Sequence[Result]) -> tuple[Method, ...]:
+def _methods(results: Sequence[Result], rows: Mapping[Path, str]) -> tuple[Method, ...]:
     members: dict[str, list[Result]] = {}
     for result in results:
-        members.setdefault(digest(_identity(result.run.config)), []).append(result)
+        row = rows.get(result.run.folder.resolve(), "")
+        members.setdefault(digest([row, _identity(result.run.config)]), []).append(result)
     groups = list(members.values())
-    labels = _labels([group[0].run.config for group in groups], [group[0].name for group in groups])
+    configs = [group[0].run.config for group in groups]
+    named = [rows.get(group[0].run.folder.resolve()) for group in groups]
+    titles = [row or title for row, title in zip(named, _rows(configs), strict=True)]
+    if all(named):
+        labels = [f"{row}, {_count(config)} labeled" for row, config in zip(titles, configs, strict=True)]
+    else:
+        labels = _labels(configs, [group[0].name for group in groups])
     bounds = _bounds([group[0].run.config for group in groups])
     return tuple(
         Method(
             label=label,
+            row=row,
+            labeled=_labeled(group[0].run.config) if group[0].run.config.get("split", {}).get("unlabeled") else "all",
             bound=bound,
             results=tuple(sorted(group, key=lambda result: result.seed)),
             table=_mean_over_seeds([result.table for result in group]),
         )
-        for label, bound, group in zip(labels, bounds, groups, strict=True)
+        for label, row, bound, group in zip(labels, titles, bounds, groups, strict=True)
     )
 
 
@@ -263,14 +288,31 @@ def _labeled(config: Mapping[str, Any]) -> int:
     return len({groups.get(case, case) for case in split.get("labeled", ())})
 
 
+def _count(config: Mapping[str, Any]) -> str:
+    return str(_labeled(config)) if config.get("split", {}).get("unlabeled") else f"all {_labeled(config)}"
+
+
+def _rows(configs: Sequence[Mapping[str, Any]]) -> list[str]:
+    """Titles of methods, followed by settings where methods of one title differ in more than their labeled count."""
+    titles = [_title(config) for config in configs]
+    rows = list(titles)
+    for title in set(titles):
+        alike = [index for index, other in enumerate(titles) if other == title]
+        identities = [_identity(configs[index]) for index in alike]
+        keys = [key for key in differing_keys(identities) if not key.startswith(("labeled ", "data.labeled"))]
+        for index, identity in zip(alike, identities, strict=True):
+            said = [f"{key.rpartition('.')[2]} {identity.get(key, 'unset')}" for key in keys[:_NAMED_DIFFERENCES]]
+            rows[index] = ", ".join([title, *said])
+    return rows
+
+
+def _title(config: Mapping[str, Any]) -> str:
+    method, known = str(config["method"]["name"]), catalogue.methods()
+    return known[method].title if method in known else method
+
+
 def _labels(configs: Sequence[Mapping[str, Any]], names: Sequence[str]) -> list[str]:
-    known = catalogue.methods()
-    bases = []
-    for config in configs:
-        method = str(config["method"]["name"])
-        title = known[method].title if method in known else method
-        everything = "all " if not config.get("split", {}).get("unlabeled") else ""
-        bases.append(f"{title}, {everything}{_labeled(config)} labeled")
+    bases = [f"{_title(config)}, {_count(config)} labeled" for config in configs]
     labels = list(bases)
     for base in set(bases):
         alike = [index for index, other in enumerate(bases) if other == base]

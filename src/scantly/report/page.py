@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
@@ -14,6 +14,7 @@ from markupsafe import Markup
 from scantly._version import __version__
 from scantly.evaluation import CONVENTIONS, DEFINITIONS
 from scantly.files import write_text
+from scantly.report.board import board, published_rows
 from scantly.report.configs import as_yaml, differences
 from scantly.report.groups import BOUNDS, Method, Section, collect
 from scantly.report.plots import COLORS, DASHES, Plot, curves, distributions
@@ -32,9 +33,12 @@ from scantly.report.tables import (
 if TYPE_CHECKING:
     from scantly.training.run import Run
 
-__all__ = ["compare"]
+__all__ = ["Extras", "compare", "open_run", "write_page"]
 
 _CLASS_COLORS = ("#35c8f5", "#ffc93c", "#ff5d8f", "#7be07b", "#c39bff", "#ff9a4d", "#5ff0d0", "#e6e65a")
+
+#: Above this number of runs configurations are shown once per method, pairs are not compared, examples are few.
+_MANY_RUNS = 12
 
 _FEW = 20  # independent units below which percentile intervals are known to be too narrow
 
@@ -67,34 +71,96 @@ def compare(runs: Sequence[Run | str | Path], out: str | Path = "report.html", *
         RunError: if a run was not evaluated, runs of one protocol kind were evaluated on different cases, or
             the page cannot be written.
     """
-    opened = [_open(run) for run in runs]
-    sections = collect(opened, split)
-    results = [result for section in sections for result in section.results]
-    template = _environment().from_string(
-        (resources.files("scantly.report") / "template.html.j2").read_text(encoding="utf-8")
-    )
-    page = template.render(
-        title=_title(sections),
-        version=__version__,
-        datasets=list(dict.fromkeys(str(run.config.get("data", {}).get("dataset", "?")) for run in opened)),
-        sections=[_section(section) for section in sections],
-        differences=differences(results) if len(results) > 1 else [],
-        results=[
-            {
-                "name": result.name,
-                "folder": str(result.run.folder),
-                "config": as_yaml(result.run.config),
-                "environment": as_yaml(result.run.environment),
-            }
-            for result in results
-        ],
-        class_color=_class_color,
-    )
-    write_text(Path(out), page)
+    opened = [open_run(run) for run in runs]
+    write_page(collect(opened, split), Path(out))
     return Path(out)
 
 
-def _open(run: Run | str | Path) -> Run:
+@dataclass(frozen=True)
+class Extras:
+    """What a benchmark knows beyond its runs.
+
+    Attributes:
+        title: Of the page; empty: from the methods.
+        about: One sentence below it.
+        names: Name of each section's dataset.
+        costs: Rows of each section's table of costs.
+        failed: Cells that failed, with their reasons.
+        open_cells: Number of cells that are not done.
+    """
+
+    title: str = ""
+    about: str = ""
+    names: Sequence[str] = ()
+    costs: Sequence[Sequence[Mapping[str, str]]] = ()
+    failed: Sequence[tuple[str, str]] = ()
+    open_cells: int = 0
+
+
+def write_page(sections: Sequence[Section], out: Path, extras: Extras | None = None) -> None:
+    """Write the page of some sections.
+
+    Args:
+        sections: From :func:`~scantly.report.groups.collect`.
+        out: The HTML file.
+        extras: What a benchmark adds.
+    """
+    more = extras or Extras()
+    results = [result for section in sections for result in section.results]
+    first = {method.results[0] for section in sections for method in section.methods}
+    described = len(results) <= _MANY_RUNS
+    page = (
+        _environment()
+        .get_template("template.html.j2")
+        .render(
+            title=more.title or _title(sections),
+            about=more.about,
+            failed=list(more.failed),
+            open_cells=more.open_cells,
+            version=__version__,
+            kinds={section.protocol for section in sections},
+            datasets=list(dict.fromkeys(str(r.run.config.get("data", {}).get("dataset", "?")) for r in results)),
+            sections=[
+                _section(section) | {key: _at(values, number) for key, values in _of_sections(more).items()}
+                for number, section in enumerate(sections)
+            ],
+            differences=differences(results) if 1 < len(results) <= _MANY_RUNS else [],
+            differences_shown=described,
+            results=[
+                {
+                    "name": result.name,
+                    "anchor": result.anchor,
+                    "folder": str(result.run.folder),
+                    "link": _link(result.run.folder, out.parent),
+                    "config": as_yaml(result.run.config) if described or result in first else "",
+                    "environment": as_yaml(result.run.environment) if described or result in first else "",
+                }
+                for result in results
+            ],
+            class_color=_class_color,
+        )
+    )
+    write_text(out, page)
+
+
+def _of_sections(extras: Extras) -> dict[str, Sequence[Any]]:
+    return {"name": extras.names, "costs": extras.costs}
+
+
+def _at(values: Sequence[Any], number: int) -> Any:
+    return values[number] if number < len(values) else None
+
+
+def _link(folder: Path, page: Path) -> str:
+    """The folder as seen from the page, where it lies below it; else nothing, since pages travel."""
+    try:
+        return quote(folder.resolve().relative_to(page.resolve()).as_posix())
+    except ValueError:
+        return ""
+
+
+def open_run(run: Run | str | Path) -> Run:
+    """A run by itself or by its folder."""
     if isinstance(run, str | Path):
         from scantly.training.run import Run as RunFolder
 
@@ -104,6 +170,7 @@ def _open(run: Run | str | Path) -> Run:
 
 def _environment() -> jinja2.Environment:
     return jinja2.Environment(
+        loader=jinja2.PackageLoader("scantly.report", ""),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
         trim_blocks=True,
@@ -129,6 +196,7 @@ def _title(sections: Sequence[Section]) -> str:
 def _section(section: Section) -> dict[str, Any]:
     overview_columns, overview_rows = overview(section)
     class_columns, classes = class_tables(section)
+    many = len(section.results) > _MANY_RUNS
     return {
         "protocol": section.protocol,
         "about": _protocol_sentence(section),
@@ -148,7 +216,7 @@ def _section(section: Section) -> dict[str, Any]:
         ],
         "overview_columns": overview_columns,
         "overview": overview_rows,
-        "gains": gains(section),
+        "gains": gains(section) if not many else [],
         "class_heads": _heads(class_columns),
         "class_columns": class_columns,
         "classes": classes,
@@ -156,11 +224,13 @@ def _section(section: Section) -> dict[str, Any]:
         "definitions": [(column, _definition(column, section)) for column in columns(section)],
         "has_mm": section.has_mm,
         "empty_masks": CONVENTIONS["literature" if section.protocol == "literature" else "clean"],
-        "statistics": statistics(section),
+        "board": board(section),
+        "published": published_rows(section),
+        "statistics": statistics(section) if not many else [],
         "few": min(section.subjects, _FEW) < _FEW,
         "distributions": _by_subject(distributions(section)),
         "curves": [_drawn(plot) for plot in curves(section)],
-        "examples": [_run_examples(section, number) for number in range(len(section.results))],
+        "examples": [_run_examples(section, number) for number in _shown_examples(section, many=many)],
         "class_names": section.classes,
         "case_rows": case_table(section),
         "case_heads": [method.title for method in section.methods],
@@ -227,13 +297,22 @@ def _drawn(plot: Plot) -> dict[str, Any]:
     return {"title": plot.title, "description": plot.description, "svg": Markup(plot.svg)}
 
 
+def _shown_examples(section: Section, *, many: bool) -> list[int]:
+    """Numbers of the runs whose slices are shown; of many runs the first of each method with the fewest labels."""
+    if not many:
+        return list(range(len(section.results)))
+    fewest = min((method.labeled for method in section.methods if method.labeled != "all"), default="all")
+    firsts = [method.results[0] for method in section.methods if method.labeled == fewest]
+    return [number for number, result in enumerate(section.results) if result in firsts]
+
+
 def _run_examples(section: Section, number: int) -> dict[str, Any]:
     result = section.results[number]
     shown, missing = examples(result, section.split)
     method = next(method for method in section.methods if result in method.results)
     return {
         "title": f"{method.title}, {result.name}",
-        "open": method.results[0] is result,  # one run per method; further seeds unfold
+        "open": method.results[0] is result and len(section.results) <= _MANY_RUNS,  # further seeds unfold
         "examples": shown,
         "missing": missing,
     }

@@ -28,8 +28,8 @@ COLORS = 8
 DASHES = ("", "6 3", "2 2", "8 3 2 3")
 """Line patterns by method (SVG ``stroke-dasharray``), so that colors are not needed to tell lines apart."""
 
-_INK = "#0b0b01"  # placeholders that become colors of the page
-_METHODS = tuple(f"#0b0b1{number:x}" for number in range(COLORS))
+INK = "#0b0b01"  # placeholders that svg_element turns into colors of the page
+METHOD_COLORS = tuple(f"#0b0b1{number:x}" for number in range(COLORS))
 _WIDTH = 3.1  # inches; small, because the page scales the text with it
 _POINTS = 200  # of a curve; more are averaged
 
@@ -94,14 +94,14 @@ def _strips(
     figure = Figure(figsize=(_WIDTH, 0.62 * len(members) + 0.5))
     axes = figure.add_axes((0.04, 0.36 / figure.get_figheight(), 0.92, 1 - 0.4 / figure.get_figheight()))
     for row, (values, label) in enumerate(zip(members, labels, strict=True)):
-        color = _METHODS[row % COLORS]
+        color = METHOD_COLORS[row % COLORS]
         axes.text(
             0.0,
             row - 0.36,
             label,
             transform=axes.get_yaxis_transform(),
             fontsize=9,
-            color=_INK,
+            color=INK,
             parse_math=False,
         )
         if not values.size:
@@ -114,14 +114,14 @@ def _strips(
     axes.set_xlim(*limits)
     axes.set_ylim(len(members) - 0.6, -0.6)
     axes.set_yticks([])
-    _style(axes)
+    style_axes(axes)
     axes.spines["left"].set_visible(False)
     medians = "; ".join(
         f"{label}: median {np.median(values):.3g} of {values.size} cases"
         for values, label in zip(members, labels, strict=True)
         if values.size
     )
-    return Plot(*heading, medians or "no values", _svg(figure, f"{salt} {heading[1]}"))
+    return Plot(*heading, medians or "no values", svg_element(figure, f"{salt} {heading[1]}"))
 
 
 def curves(section: Section) -> list[Plot]:
@@ -165,16 +165,16 @@ def _lines(
         dash = tuple(float(length) / 1.4 for length in DASHES[number % len(DASHES)].split())
         style: Any = (0, dash) if dash else "-"
         alone = "o" if len(x) == 1 else ""
-        axes.plot(x, y, linestyle=style, marker=alone, color=_METHODS[number % COLORS], linewidth=1.4)
+        axes.plot(x, y, linestyle=style, marker=alone, color=METHOD_COLORS[number % COLORS], linewidth=1.4)
     axes.set_xlim(left=0)
     axes.margins(y=0.06)
-    axes.set_xlabel("iteration", fontsize=9, color=_INK, labelpad=2)
-    _style(axes)
-    axes.grid(axis="y", color=_INK, alpha=0.12, linewidth=0.6)
+    axes.set_xlabel("iteration", fontsize=9, color=INK, labelpad=2)
+    style_axes(axes)
+    axes.grid(axis="y", color=INK, alpha=0.12, linewidth=0.6)
     note = f"each point is the mean of {averaged} logged values; " if averaged > 1 else ""
     ends = ", ".join(f"{values[-1]:.3g}" for _, _, values in lines)
     description = f"{note}{len(lines)} run(s), last values {ends}"
-    return Plot(*heading, description, _svg(figure, f"{salt} {heading[1]}"))
+    return Plot(*heading, description, svg_element(figure, f"{salt} {heading[1]}"))
 
 
 def _bins(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
@@ -186,14 +186,15 @@ def _bins(x: NDArray[np.float64], y: NDArray[np.float64]) -> tuple[NDArray[np.fl
     return np.add.reduceat(x, starts) / counts, np.add.reduceat(y, starts) / counts
 
 
-def _style(axes: Axes) -> None:
+def style_axes(axes: Axes) -> None:
+    """Two thin spines and small ticks in the page's ink, no background."""
     axes.patch.set_visible(False)
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axes.spines[side].set_color(_INK)
+        axes.spines[side].set_color(INK)
         axes.spines[side].set_alpha(0.5)
-    axes.tick_params(colors=_INK, labelsize=9, length=3)
+    axes.tick_params(colors=INK, labelsize=9, length=3)
 
 
 @contextmanager
@@ -204,7 +205,7 @@ def _svg_settings(salt: str) -> Iterator[None]:
         yield
 
 
-def _svg(figure: Figure, name: str) -> str:
+def svg_element(figure: Figure, name: str) -> str:
     """Draw to an SVG element: page colors for the placeholders, ids that begin with ``name``."""
     stream = io.StringIO()
     with _svg_settings(name):
@@ -218,6 +219,6 @@ def _svg(figure: Figure, name: str) -> str:
     prefix = re.sub(r"\W+", "-", name).strip("-").lower()
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r'(href="#|url\(#)', rf"\1{prefix}-", text)
-    for number, placeholder in enumerate(_METHODS):
+    for number, placeholder in enumerate(METHOD_COLORS):
         text = text.replace(placeholder, f"var(--c{number})")
-    return text.replace(_INK, "currentColor").replace("<svg", '<svg aria-hidden="true"', 1)
+    return text.replace(INK, "currentColor").replace("<svg", '<svg aria-hidden="true"', 1)

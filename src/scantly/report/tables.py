@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from scantly.errors import RunError
-from scantly.evaluation import DEFINITIONS, aggregate_seeds, case_means, compare_methods, summarize
+from scantly.evaluation import DEFINITIONS, OVERALL, aggregate_seeds, case_means, compare_methods, summarize
 from scantly.report.groups import Method, Result, Section, collect
 
 if TYPE_CHECKING:
@@ -26,11 +26,14 @@ __all__ = [
     "columns",
     "comparison_table",
     "gains",
+    "number_text",
     "overview",
+    "p_text",
+    "signed_text",
     "statistics",
 ]
 
-OVERALL = "mean over classes"
+
 _TITLES = list(dict.fromkeys(definition.title for definition in DEFINITIONS.values()))
 _BY_TITLE = sorted(DEFINITIONS, key=lambda metric: _TITLES.index(DEFINITIONS[metric].title))  # units side by side
 _OVERVIEW = ("dice", "jaccard", "hd95_voxels", "asd_voxels", "hd95_mm", "asd_mm")
@@ -120,7 +123,7 @@ def overview(section: Section) -> tuple[list[Column], list[Row]]:
 
 def _run_row(result: Result, summary: dict[str, Any], shown: Sequence[Column]) -> Row:
     overall = summary["overall"]
-    cells = tuple(Cell(_number(column, overall[column.metric]["mean"])) for column in shown)
+    cells = tuple(Cell(number_text(column, overall[column.metric]["mean"])) for column in shown)
     return Row(result.name, f"seed {result.seed}", "run", cells, overall["missed"], overall["spurious"])
 
 
@@ -171,11 +174,12 @@ def _summary(section: Section, table: pd.DataFrame) -> dict[str, Any]:
 
 def _cell(column: Column, score: dict[str, Any], over: str) -> Cell:
     deviation = score[f"std_over_{over}"]
-    spread = "" if deviation is None else f"± {_number(column, deviation)}"
-    return Cell(_number(column, score["mean"]), spread)
+    spread = "" if deviation is None else f"± {number_text(column, deviation)}"
+    return Cell(number_text(column, score["mean"]), spread)
 
 
-def _number(column: Column, value: float | None) -> str:
+def number_text(column: Column, value: float | None) -> str:
+    """A value as tables show it: three decimals for shares, two for distances."""
     if value is None:
         return "–"
     return f"{value:.3f}" if DEFINITIONS[column.metric].unit == "1" else f"{value:.2f}"
@@ -222,10 +226,10 @@ def _statistics(section: Section, column: Column) -> Statistics:
         {
             "a": str(row["a"]),
             "b": str(row["b"]),
-            "difference": _signed(column, row["difference"]),
-            "interval": f"{_signed(column, row['ci_low'])} to {_signed(column, row['ci_high'])}",
-            "p": _p_value(row["p"]),
-            "p_holm": _p_value(row["p_holm"]),
+            "difference": signed_text(column, row["difference"]),
+            "interval": f"{signed_text(column, row['ci_low'])} to {signed_text(column, row['ci_high'])}",
+            "p": p_text(row["p"]),
+            "p_holm": p_text(row["p_holm"]),
             "n": str(row["n"]),
         }
         for row in compared.to_dict("records")
@@ -247,12 +251,14 @@ def gains(section: Section) -> list[str]:
     ]
 
 
-def _signed(column: Column, value: float) -> str:
-    text = _number(column, abs(value))
+def signed_text(column: Column, value: float) -> str:
+    """A difference with its sign."""
+    text = number_text(column, abs(value))
     return text if float(text) == 0 else f"{'+' if value > 0 else '−'}{text}"
 
 
-def _p_value(value: float) -> str:
+def p_text(value: float) -> str:
+    """A p value; those below 0.001 are not told apart."""
     return f"< {_SMALLEST_P}" if value < _SMALLEST_P else f"{value:.3f}"
 
 

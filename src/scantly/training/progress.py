@@ -54,7 +54,9 @@ class ProgressLine:
     ) -> None:
         self._bar.stop()
 
-    def update(self, done: int, *, title: str | None = None, note: str = "", force: bool = False) -> None:
+    def update(
+        self, done: int, *, title: str | None = None, note: str = "", force: bool = False, left: float | None = None
+    ) -> None:
         """Report that ``done`` steps are complete.
 
         Args:
@@ -62,19 +64,21 @@ class ProgressLine:
             title: New description, for instance another stage.
             note: Short text behind the numbers, for instance the losses.
             force: Say it also where plain lines are due only every so often.
+            left: Seconds left, where that is better known than by the steps; ``None``: by the steps.
         """
         self._title = title or self._title
         if self._first is None:
             self._first = done
         if self._live:
-            self._bar.update(self._task, completed=done, description=self._title, note=note)
+            known = note if left is None else f"{note}, about {_clock(left)} left"
+            self._bar.update(self._task, completed=done, description=self._title, note=known)
             return
         now = time.monotonic()
         if self._quiet or not (force or done >= self._total or now - self._spoken >= _PLAIN_SECONDS):
             return
         self._spoken = now
         gained = max(done - self._first, 1)
-        left = (now - self._started) / gained * (self._total - done)
+        left = (now - self._started) / gained * (self._total - done) if left is None else left
         _LOGGER.info("%s %d/%d, %s left%s", self._title, done, self._total, _clock(left), note and "; " + note)
 
 
