@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from scantly.benchmark.nnunet import require_nnunet
 from scantly.benchmark.spec import NNUNET, PLANNED, BenchmarkSpec, DatasetEntry, MethodEntry
 from scantly.errors import ConfigError, ScantlyError
 from scantly.methods import catalogue
@@ -94,13 +95,16 @@ def resolve_cells(spec: BenchmarkSpec, *, flags: dict[str, Any] | None = None) -
     """
     faults: dict[str, list[str]] = {}
     if spec.nnunetv2:
-        faults["this version of Scantly does not run nnU-Net; set nnunetv2 to false."] = [NNUNET]
-    methods = {"supervised": MethodEntry(name="supervised")} | {method.row: method for method in _methods(spec)}
+        try:
+            require_nnunet()
+        except ConfigError as error:
+            faults[str(error)] = [NNUNET]
+    # nnU-Net takes the labels, dimensions and length of the supervised row
+    methods = {name: MethodEntry(name="supervised") for name in ("supervised", NNUNET)}
+    methods |= {method.row: method for method in _methods(spec)}
     known: dict[tuple[str, str, int | str], Cell | list[str]] = {}  # but for the seed, which decides nothing else
     resolved = []
     for cell in cells_of(spec):
-        if cell.row == NNUNET:
-            continue
         key = (cell.dataset, cell.row, cell.labeled)
         if key not in known:
             known[key] = _resolved(cell, spec.datasets[cell.dataset], methods[cell.row], flags or {})

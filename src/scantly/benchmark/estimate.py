@@ -10,7 +10,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from scantly.benchmark.cells import Cell
+from scantly.benchmark.cells import NNUNET, Cell
 from scantly.inference.predict import select_device
 from scantly.methods import catalogue
 from scantly.methods.base import Batch, Method, Progress, Stage
@@ -32,13 +32,14 @@ class Estimate:
         cell: Its name.
         seconds: Of training, with validation and evaluation left out.
         disk_bytes: Of its checkpoints and model, with predictions left out.
-        source: ``measured`` on cells of the same row, or ``tried``: from a step per stage on this machine.
+        source: ``measured`` on cells of the same row, ``tried``: from a step per stage on this machine, or ``guessed``:
+            as a supervised cell, for nnU-Net.
     """
 
     cell: str
     seconds: float
     disk_bytes: float
-    source: Literal["measured", "tried"]
+    source: Literal["measured", "tried", "guessed"]
 
 
 def estimates(cells: Sequence[Cell], known: dict[tuple[str, str], float], *, threads: int) -> Iterator[Estimate]:
@@ -58,7 +59,8 @@ def estimates(cells: Sequence[Cell], known: dict[tuple[str, str], float], *, thr
         if row not in tried:
             tried[row] = _try(cell.config)
         seconds, disk = tried[row]
-        source: Literal["measured", "tried"] = "measured" if row in known else "tried"
+        source: Literal["measured", "tried", "guessed"] = "guessed" if cell.row == NNUNET else "tried"
+        source = "measured" if row in known else source
         yield Estimate(cell.name, known.get(row, seconds), disk, source)
 
 

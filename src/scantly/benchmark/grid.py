@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from filelock import FileLock, Timeout
 
-from scantly.benchmark.cells import Cell
+from scantly.benchmark.cells import NNUNET, Cell
 from scantly.benchmark.local import Pool
 from scantly.benchmark.spec import BenchmarkSpec
 from scantly.benchmark.work import Job, Outcome
@@ -204,6 +204,7 @@ class Grid:
             config=cell.config.model_dump(mode="json"),
             split=cell.split,
             threads=threads,
+            kind="nnunetv2" if cell.row == NNUNET else "train",
             remote=None if remote is None else f"{remote.rstrip('/')}/cells/{cell.name}",
             log=str((self.folder / "logs" / f"{cell.name}.log").absolute()),
         )

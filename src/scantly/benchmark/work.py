@@ -56,6 +56,7 @@ class Job:
         config: Its configuration, plain data.
         split: Cases to evaluate.
         threads: Threads of PyTorch; 0: as PyTorch chooses.
+        kind: ``train``, or ``nnunetv2``: nnU-Net itself on the configuration's labeled cases.
         remote: Address under which the run folder is kept, see :mod:`scantly.benchmark.storage`; ``None``: in
             ``folder`` alone. Where there is one, each machine has a folder of its own instead of ``folder``.
         log: File that gets the worker's messages.
@@ -66,6 +67,7 @@ class Job:
     config: Mapping[str, Any]
     split: str
     threads: int = 1
+    kind: Literal["train", "nnunetv2"] = "train"
     remote: str | None = None
     log: str | None = None
 
@@ -245,7 +247,14 @@ def _train_and_evaluate(job: Job, attempt: dict[str, Any]) -> dict[str, Any]:
     run.folder.mkdir(parents=True, exist_ok=True)
     _wait_for_the_lock(run)
     with Remote(job.remote).mirrored(run.folder) if job.remote else nullcontext():
-        cost = _finish(run, config, job.split, attempt)
+        if job.kind == "nnunetv2":
+            from scantly.benchmark.nnunet import train_nnunet
+            from scantly.inference.predict import select_device
+
+            device = select_device(config.training.device).type
+            cost = train_nnunet(run.folder, config, job.split, device=device)
+        else:
+            cost = _finish(run, config, job.split, attempt)
     if job.remote:  # else the disks of the nodes would fill
         shutil.rmtree(run.folder, ignore_errors=True)
     return cost
