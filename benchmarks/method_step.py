@@ -27,10 +27,10 @@ from training_step import autocast, clock
 from scantly.methods import catalogue
 from scantly.methods.base import Batch, Method, Progress, Stage, Task
 from scantly.networks import PyramidHead
-from scantly.settings import merge, parse
+from scantly.settings import parse
 from scantly.training.config import TrainingSection
 from scantly.training.optimizers import TrainingHandles
-from scantly.training.resolve import read_recipe
+from scantly.training.recipes import method_settings, read_recipe
 
 #: Methods of modules that are passes although they are no call of the module.
 PARTS = {PyramidHead: ("at", "pooled")}
@@ -195,7 +195,7 @@ def main() -> None:
     task = Task(1, classes, dims, size, name, network.get("arguments", {}))
     rows = []
     for method in arguments.methods:
-        rows += measure(method, merge({}, recipe.get("methods", {}).get(method, {})), task, arguments)
+        rows += measure(method, method_settings(recipe.get("methods", {}).get(method, {})), task, arguments)
     if arguments.out:
         head = {"recipe": arguments.recipe, "size": size, "rows": arguments.rows, "precision": arguments.precision}
         write_result(arguments.out, {**head, "classes": arguments.classes, "steps": rows}, ("torch",))

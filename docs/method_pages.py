@@ -7,8 +7,10 @@ A test holds the pages to what this writes. Run it after a change to a method, a
 
 from __future__ import annotations
 
+import functools
 import json
 import re
+import runpy
 import textwrap
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,12 +19,13 @@ from typing import Any
 from scantly.benchmark.published import LINEAGES, MEAN, METRICS, PublishedResult, published_results
 from scantly.files import write_text
 from scantly.methods import catalogue
-from scantly.training.resolve import known_recipes, read_recipe
+from scantly.training.recipes import METHOD_SECTIONS, known_recipes, method_settings, read_recipe
 
 ROOT = Path(__file__).parents[1]
 FOLDER = ROOT / "docs" / "methods"
 RESULTS = ROOT / "benchmarks" / "results"
 BASELINE = "supervised"
+_read = functools.cache(read_recipe)
 
 
 def pages() -> dict[str, str]:
@@ -89,13 +92,31 @@ def _code(value: object) -> str:
 def _recipes(name: str) -> list[str]:
     rows = []
     for recipe in known_recipes():
-        values = read_recipe(recipe)
+        values = _read(recipe)
         kinds = {"": values, **{f", protocol {kind}": layer for kind, layer in values.get("protocols", {}).items()}}
         for kind, layer in kinds.items():
             own = layer.get("methods", {}).get(name, {})
             if own:
-                rows.append((f"`{recipe}`{kind}", ", ".join(f"`{key}={_plain(value)}`" for key, value in own.items())))
-    return ["## In the recipes", _table(("recipe", "differs in"), rows)] if rows else []
+                rows.append((f"`{recipe}`{kind}", ", ".join(_entry(own))))
+    return ["## In the recipes", _table(("recipe", "sets"), rows)] if rows else []
+
+
+def _entry(values: dict[str, Any]) -> Iterator[str]:
+    """An entry of ``methods``: the method's settings, then what it trains with, then what depends on the labeled."""
+    for key, value in method_settings(values).items():
+        yield f"`{key}={_plain(value)}`"
+    for section in METHOD_SECTIONS:
+        yield from (f"`{key}={_plain(value)}`" for key, value in _flat(values.get(section, {}), f"{section}."))
+    for count, own in values.get("by_labeled", {}).items():
+        yield f"with {count} labeled {' and '.join(_entry(own))}"
+
+
+def _flat(values: dict[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    for key, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _plain(value: object) -> str:
@@ -183,7 +204,7 @@ def _wrapped(text: str) -> str:
 
 
 def main() -> None:
-    """Write the pages and remove those of methods that are gone."""
+    """Write the pages and remove those of methods that are gone; then the page of protocols."""
     made = pages()
     FOLDER.mkdir(exist_ok=True)
     for path in FOLDER.glob("*.md"):
@@ -191,6 +212,7 @@ def main() -> None:
             path.unlink()
     for name, text in made.items():
         write_text(FOLDER / name, text)
+    runpy.run_path(str(ROOT / "docs" / "protocol_page.py"), run_name="__main__")
 
 
 if __name__ == "__main__":

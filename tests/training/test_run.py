@@ -38,6 +38,19 @@ def test_what_does_not_change_the_result_may_differ(config, cohort, tiny, tmp_pa
     assert train_config(other, run.folder, quiet=True).finished
 
 
+def test_a_run_of_before_published_lengths_is_taken_up(config, tmp_path):
+    run = train_config(config, tmp_path / "run", quiet=True)
+    path = run.folder / "config.yaml"
+    lines = path.read_text(encoding="utf-8").splitlines(keepends=True)
+    older = [line for line in lines if "published_steps" not in line]
+    assert len(older) == len(lines) - 1
+    path.write_text("".join(older), encoding="utf-8")
+    assert Run.open(run.folder).settings.training.published_steps is None
+    published = config.training.model_copy(update={"published_steps": 100})
+    again = config.model_copy(update={"training": published})
+    assert train_config(again, run.folder, quiet=True).finished
+
+
 def test_a_folder_with_something_else_in_it_is_refused_untouched(config, tmp_path):
     out = tmp_path / "thesis"
     out.mkdir()

@@ -59,6 +59,9 @@ class TrainingSection(Settings):
     """Length, optimizer, precision and bookkeeping of the training."""
 
     steps: int = Field(30_000, ge=1, description="Iterations, all stages together.")
+    published_steps: int | None = Field(
+        None, ge=1, description="Iterations of the recipe's training, which the user may shorten; null: no recipe."
+    )
     seed: int = Field(1337, ge=0, lt=2**32, description="Seed of initialization, batches, views and dropout.")
     optimizer: Literal["sgd", "adam", "adamw"] = Field("sgd", description="Default optimizer of a method.")
     lr: float = Field(0.01, gt=0, description="Learning rate at the first step.")
@@ -149,5 +152,12 @@ class RunConfig(Settings):
 
 # What does not change the result, and may therefore differ when a run is resumed.
 IRRELEVANT_KEYS = frozenset(
-    {"data.workers", "data.store", "training.device", "training.log_every", "evaluation.inference.batch"}
+    {
+        "data.workers",
+        "data.store",
+        "training.device",
+        "training.log_every",
+        "training.published_steps",
+        "evaluation.inference.batch",
+    }
 )

@@ -6,7 +6,6 @@ The weaker first: defaults in the code, plan from the data, recipe, configuratio
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ import yaml
 from scantly import networks
 from scantly.data.dataset import Dataset
 from scantly.data.plan import Plan, make_plan
-from scantly.data.splits import resolve_split
+from scantly.data.splits import Split, resolve_split
 from scantly.data.topology import default_network
 from scantly.errors import ConfigError, unknown_name
 from scantly.files import read_yaml
@@ -28,40 +27,17 @@ from scantly.training.config import (
     RunConfig,
     TrainingSection,
 )
+from scantly.training.recipes import (
+    SECTIONS,
+    known_recipes,
+    method_layer,
+    names_counts,
+    read_recipe,
+    refuse_unknown,
+    section_layer,
+)
 
 __all__ = ["flags_to_layer", "known_recipes", "parse_sets", "plan", "read_recipe", "resolve"]
-
-_SECTIONS = ("data", "plan", "network", "method", "training", "evaluation")
-_RECIPE_ONLY = ("title", "description", "deviations", "methods", "protocols")
-
-
-def known_recipes() -> list[str]:
-    """Names of the recipes that come with Scantly."""
-    folder = resources.files("scantly") / "recipes"
-    return sorted(item.name.removesuffix(".yaml") for item in folder.iterdir() if item.name.endswith(".yaml"))
-
-
-def read_recipe(name: str) -> dict[str, Any]:
-    """A recipe by name, or from a YAML file of one's own.
-
-    Raises:
-        ConfigError: for an unknown name, or keys a recipe does not have.
-    """
-    if name.endswith((".yaml", ".yml")):
-        recipe = read_yaml(Path(name))
-    elif name in known_recipes():
-        with resources.as_file(resources.files("scantly") / "recipes" / f"{name}.yaml") as path:
-            recipe = read_yaml(path)
-    else:
-        raise ConfigError(unknown_name("recipe", name, known_recipes()))
-    _refuse_unknown(recipe, (*_SECTIONS, *_RECIPE_ONLY), f"recipe {name}")
-    return recipe
-
-
-def _refuse_unknown(values: Mapping[str, Any], known: Sequence[str], where: str) -> None:
-    for key in values:
-        if key not in known:
-            raise ConfigError(f"{where}: {unknown_name('section', key, known)}")
 
 
 def parse_sets(assignments: Sequence[str]) -> dict[str, Any]:
@@ -169,29 +145,50 @@ def resolve(
     """
     written = read_recipe(recipe) if recipe else {}
     file = read_yaml(Path(config_file)) if config_file else {}
-    _refuse_unknown(file, _SECTIONS, str(config_file))
+    refuse_unknown(file, SECTIONS, str(config_file))
     set_layer = dict(sets) if isinstance(sets, Mapping) else parse_sets(sets)
-    _refuse_unknown(set_layer, _SECTIONS, "--set")
+    refuse_unknown(set_layer, SECTIONS, "--set")
     given = dict(flags or {})
+    plain_flags = flags_to_layer(given, resized=False)
 
-    kind = _first("evaluation", "protocol", [set_layer, flags_to_layer(given, resized=False), file]) or "clean"
-    variants = written.get("protocols", {})
-    if written and variants and kind not in variants:
-        raise ConfigError(f"recipe {recipe}: {unknown_name('protocol', str(kind), variants)}")
-    variant = variants.get(kind, {})
-    base = {key: written[key] for key in _SECTIONS if key in written}
-    base = merge(base, {key: variant[key] for key in _SECTIONS if key in variant})
-    name = _first("method", "name", [set_layer, flags_to_layer(given, resized=False), file, base])
+    kind = str(_first("evaluation", "protocol", [set_layer, plain_flags, file]) or "clean")
+    variants = written.get("protocols")
+    if variants and kind not in variants:
+        raise ConfigError(f"recipe {recipe}: {unknown_name('protocol', kind, variants)}")
+    shared = section_layer(written, kind)
+    name = _first("method", "name", [set_layer, plain_flags, file, shared])
     if name is None:
         raise ConfigError("no method given; choose one with --method (scantly methods lists them).")
-    catalogue.find(str(name))
-    for source in (written, variant):
-        base = merge(base, {"method": source.get("methods", {}).get(name, {})})
-    before_flags = merge(base, file)
-    flag_layer = flags_to_layer(given, resized=bool(before_flags.get("plan", {}).get("size")))
+    name = catalogue.find(str(name)).name
+    base = merge(shared, method_layer(written, kind, name, where=f"recipe {recipe}"))
+    if names_counts(written, kind, name):
+        labeled = _labeled_subjects(Path(dataset), kind, merge(base, file, plain_flags, set_layer))
+        base = merge(shared, method_layer(written, kind, name, labeled=labeled, where=f"recipe {recipe}"))
+    flag_layer = flags_to_layer(given, resized=bool(_first("plan", "size", [merge(base, file)])))
     _refuse_conflicts(flag_layer, set_layer)
-    merged = merge(before_flags, flag_layer, set_layer)
-    return _build(Path(dataset), recipe, str(kind), merged)
+    stronger = merge(file, flag_layer, set_layer)
+    return _build(Path(dataset), recipe, kind, merge(_in_proportion(base, stronger), stronger))
+
+
+def _labeled_subjects(dataset: Path, kind: str, merged: Mapping[str, Any]) -> int:
+    """How many subjects of the split are labeled, however the user asked for them."""
+    data = parse(DataSection, merge(merged.get("data") or {}, {"dataset": str(dataset)}), where="data")
+    evaluation = parse(EvaluationSection, {"protocol": kind}, where="evaluation")
+    split = _split(Dataset.open(dataset), data, evaluation)
+    return len({split.groups[case] for case in split.labeled})
+
+
+def _in_proportion(base: dict[str, Any], stronger: Mapping[str, Any]) -> dict[str, Any]:
+    """The recipe's layer with its own length; its intervals follow a run that the user makes longer or shorter."""
+    own = base.get("training") or {}
+    if not isinstance(own, Mapping) or own.get("steps") is None:
+        return base
+    steps = _first("training", "steps", [stronger, base])
+    intervals: dict[str, Any] = {}
+    if isinstance(steps, int) and isinstance(own["steps"], int) and own["steps"] > 0:
+        given = {key: own[key] for key in ("validate_every", "checkpoint_every") if isinstance(own.get(key), int)}
+        intervals = {key: max(1, round(value * steps / own["steps"])) for key, value in given.items()}
+    return merge({"training": {"published_steps": own["steps"]}}, base, {"training": intervals})
 
 
 def plan(
@@ -216,7 +213,7 @@ def _first(section: str, key: str, layers: Sequence[Mapping[str, Any]]) -> Any:
 
 
 def _build(dataset_path: Path, recipe: str | None, kind: str, merged: Mapping[str, Any]) -> RunConfig:
-    sections = {key: merged.get(key) or {} for key in _SECTIONS}
+    sections = {key: merged.get(key) or {} for key in SECTIONS}
     for key, values in sections.items():
         if not isinstance(values, Mapping):
             raise ConfigError(f"section '{key}' is {values!r}; write settings, for instance {key}.name=value.")
@@ -233,13 +230,7 @@ def _build(dataset_path: Path, recipe: str | None, kind: str, merged: Mapping[st
     method = parse(method_class.Config, settings, where="method")
 
     dataset = Dataset.open(dataset_path)
-    split = resolve_split(
-        dataset,
-        labeled=data.labeled,
-        protocol=evaluation.protocol,
-        seed=data.seed_split,
-        seed_labeled=data.seed_labeled,
-    )
+    split = _split(dataset, data, evaluation)
     if method_class.uses_unlabeled and not split.unlabeled:
         raise ConfigError(
             f"method '{name}' learns from unlabeled cases, but all {len(split.labeled)} training cases are labeled; "
@@ -268,6 +259,16 @@ def _build(dataset_path: Path, recipe: str | None, kind: str, merged: Mapping[st
         training=training,
         evaluation=evaluation,
         split=split.to_dict(),
+    )
+
+
+def _split(dataset: Dataset, data: DataSection, evaluation: EvaluationSection) -> Split:
+    return resolve_split(
+        dataset,
+        labeled=data.labeled,
+        protocol=evaluation.protocol,
+        seed=data.seed_split,
+        seed_labeled=data.seed_labeled,
     )
 
 
