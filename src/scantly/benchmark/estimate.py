@@ -57,15 +57,15 @@ def estimates(cells: Sequence[Cell], known: dict[tuple[str, str], float], *, thr
         assert cell.config is not None
         row = (cell.dataset, cell.row)
         if row not in tried:
-            tried[row] = _try(cell.config)
+            tried[row] = _try(cell.config, timed=row not in known)
         seconds, disk = tried[row]
         source: Literal["measured", "tried", "guessed"] = "guessed" if cell.row == NNUNET else "tried"
         source = "measured" if row in known else source
         yield Estimate(cell.name, known.get(row, seconds), disk, source)
 
 
-def _try(config: RunConfig) -> tuple[float, float]:
-    """Seconds of the whole training, and bytes of its files."""
+def _try(config: RunConfig, *, timed: bool) -> tuple[float, float]:
+    """Seconds of the whole training (0 if not ``timed``), and bytes of its files."""
     device = select_device(config.training.device)
     torch.manual_seed(config.training.seed)
     method = build_method(config).to(device).train()
@@ -75,7 +75,7 @@ def _try(config: RunConfig) -> tuple[float, float]:
     if config.training.channels_last and config.plan.spatial_dims == 2:
         method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
     seconds = 0.0
-    for span in stage_spans(method.stages(), config.training.steps):
+    for span in stage_spans(method.stages(), config.training.steps) if timed else ():
         seconds += span.length * _step_seconds(method, span.stage, config, device)
     return seconds, _disk_bytes(method)
 

@@ -21,11 +21,11 @@ from scantly.files import digest, read_json, write_json
 from scantly.training.config import IRRELEVANT_KEYS
 from scantly.training.progress import ProgressLine
 
-__all__ = ["Grid", "GridState", "duration"]
+__all__ = ["SPEC_FILE", "Grid", "GridState", "duration"]
 
 _LOGGER = logging.getLogger("scantly")
 T = TypeVar("T")
-_SPEC = "benchmark.json"
+SPEC_FILE = "benchmark.json"
 #: What a start leaves that was killed before it had written anything.
 _NOTHING_YET = (".lock", ".tmp-")
 #: Free space below which a benchmark does not go on, in bytes.
@@ -113,7 +113,9 @@ class Grid:
             ) from None
         try:
             self.check()  # again: another process may have begun in it a moment ago
-            write_json(self.folder / _SPEC, {"benchmark": self.spec.model_dump(mode="json"), "cells": self._digests()})
+            write_json(
+                self.folder / SPEC_FILE, {"benchmark": self.spec.model_dump(mode="json"), "cells": self._digests()}
+            )
             yield
         finally:
             self._lock.release()
@@ -126,7 +128,7 @@ class Grid:
         """
         if not self.folder.exists():
             return
-        path = self.folder / _SPEC
+        path = self.folder / SPEC_FILE
         if not path.is_file():
             strangers = [item.name for item in self.folder.iterdir() if not item.name.startswith(_NOTHING_YET)]
             if strangers:

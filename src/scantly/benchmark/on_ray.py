@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import threading
 from collections.abc import Generator, Sequence
+from contextlib import redirect_stdout
 from typing import Any
 
 from scantly.benchmark.work import Job, Outcome, run_in_process
@@ -81,11 +83,12 @@ class RayPool:
         )
         waiting = {task.remote(job): job for job in jobs}
         try:
-            while waiting:
-                self._running = [job.name for job in waiting.values()]
-                (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
-                job = waiting.pop(ready)
-                yield self._outcome(ready, job)
+            with redirect_stdout(sys.stderr):  # Ray tells of lost workers there, whatever it was asked
+                while waiting:
+                    self._running = [job.name for job in waiting.values()]
+                    (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
+                    job = waiting.pop(ready)
+                    yield self._outcome(ready, job)
         finally:
             self._running = []
             for reference in waiting:

@@ -10,12 +10,13 @@ from typing import Literal
 from filelock import FileLock, Timeout
 
 from scantly.benchmark.cells import resolve_cells
-from scantly.benchmark.grid import Grid, GridState
+from scantly.benchmark.grid import SPEC_FILE, Grid, GridState
 from scantly.benchmark.local import LocalPool, Pool
 from scantly.benchmark.spec import read_spec
 from scantly.benchmark.storage import Remote, is_address, scratch_folder
+from scantly.errors import RunError
 
-__all__ = ["On", "open_grid", "run_grid"]
+__all__ = ["On", "cores", "open_grid", "run_grid", "send_report"]
 
 On = Literal["local", "ray"]
 #: Small files of a run, enough for tables and report.
@@ -43,7 +44,11 @@ def open_grid(spec: str | Path, out: str, *, device: str | None = None, precisio
         folder = scratch_folder(out)
         folder.mkdir(parents=True, exist_ok=True)
         with suppress(Timeout), FileLock(folder / ".lock", timeout=0):  # who holds it keeps the folder up to date
-            Remote(out).fetch(folder, suffixes=_RESULTS)
+            there = Remote(out).fetch(folder, suffixes=_RESULTS)
+            if there and SPEC_FILE not in there:
+                raise RunError(
+                    f"{out} is not empty (it holds {there[0]!r}) and holds no benchmark; choose another --out."
+                )
     grid = Grid(folder, read, cells)
     grid.check()
     return grid
@@ -100,6 +105,20 @@ def run_grid(
             grid.work(pool, threads=share, retry_failed=retry_failed, remote=out, quiet=quiet)
         Remote(out).fetch(grid.folder, suffixes=_RESULTS)
     return grid.state()
+
+
+def send_report(grid: Grid, out: str) -> None:
+    """Where the results are kept under an address, copy what was written beside them, such as the report, there too.
+
+    Args:
+        grid: The grid.
+        out: Results folder or address, as it was opened with.
+
+    Raises:
+        RunError: if the address cannot be written.
+    """
+    if is_address(out):
+        Remote(out, without=("cells/",)).send(grid.folder)
 
 
 def cores() -> int:

@@ -14,11 +14,12 @@ import os
 import shutil
 import threading
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Container, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import fsspec
+from fsspec.spec import AbstractFileSystem
 
 from scantly.data.build import cache_root
 from scantly.errors import RunError, ScantlyError
@@ -67,31 +68,44 @@ class Remote:
             self._files, self._root = fsspec.core.url_to_fs(self.address)
         self._sent: dict[str, tuple[int, int]] = {}
 
-    def fetch(self, folder: Path, *, suffixes: tuple[str, ...] = ()) -> None:
+    def fetch(self, folder: Path, *, suffixes: tuple[str, ...] = ()) -> list[str]:
         """Make a folder of this machine what lies under the address.
 
         Files that are not there are removed, lest parts of two states are mixed: what was not sent is done again.
 
         Args:
             folder: Where to.
-            suffixes: Only files with these endings; none: all.
+            suffixes: Copy only files with these endings; none: all.
+
+        Returns:
+            Names of all that is there, below the address.
 
         Raises:
             RunError: if it cannot be read.
         """
         with self._told("read"):
-            found = {name: place for name, place in self._names().items() if self._concerns(name, suffixes)}
-            for path in sorted(folder.rglob("*")):
-                name = path.relative_to(folder).as_posix()
-                if path.is_file() and name not in found and self._concerns(name, suffixes):
-                    path.unlink()
-            for name, place in found.items():
+            there = {name: place for name, place in self._names().items() if not self._left_out(name)}
+            self._clear(folder, there)
+            for name, place in there.items():
+                if suffixes and not name.endswith(suffixes):
+                    continue
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
                 partial = target.with_name(f".tmp-{target.name}")
                 self._files.get_file(place, str(partial))
                 partial.replace(target)
                 self._sent[name] = _stamp(target)
+        return sorted(there)
+
+    def _clear(self, folder: Path, there: Container[str]) -> None:
+        """Remove what is not there, and folders that are then empty."""
+        for path in sorted(folder.rglob("*"), reverse=True):  # what is in a folder comes before it
+            name = path.relative_to(folder).as_posix()
+            if path.is_dir() and not path.is_symlink():
+                with suppress(OSError):
+                    path.rmdir()
+            elif name not in there and not self._left_out(name):
+                path.unlink()
 
     def _names(self) -> dict[str, str]:
         """Files by their name below the address."""
@@ -101,9 +115,6 @@ class Remote:
         except FileNotFoundError:
             return {}
         return {place[len(self._root) :].lstrip("/"): place for place in self._files.find(self._root)}
-
-    def _concerns(self, name: str, suffixes: tuple[str, ...]) -> bool:
-        return not self._left_out(name) and (not suffixes or name.endswith(suffixes))
 
     def require_writable(self) -> None:
         """Write a small file and remove it.
@@ -118,7 +129,7 @@ class Remote:
             self._files.rm_file(place)
 
     def send(self, folder: Path) -> None:
-        """Copy what has changed since it was last sent or fetched, each file whole or not at all.
+        """Copy what has changed since it was last sent or fetched, each file whole or not at all; links are left out.
 
         Raises:
             RunError: if it cannot be written.
@@ -143,7 +154,11 @@ class Remote:
         partial = f"{parent}/.tmp-{name}"
         self._files.makedirs(parent, exist_ok=True)
         self._files.put_file(str(source), partial)
-        self._files.mv(partial, place)
+        if type(self._files).mv is not AbstractFileSystem.mv:
+            self._files.mv(partial, place)
+        else:  # fsspec's own takes brackets and the like in a name for a pattern
+            self._files.cp_file(partial, place)
+            self._files.rm_file(partial)
 
     @contextmanager
     def _told(self, verb: str) -> Iterator[None]:
@@ -201,13 +216,13 @@ def _stamp(path: Path) -> tuple[int, int]:
 @contextmanager
 def _held(path: Path, place: Path) -> Iterator[Path | None]:
     """The file as it is now, though it may be replaced meanwhile; ``None`` where there is none."""
+    if not path.is_file():
+        yield None
+        return
     place.unlink(missing_ok=True)
     try:
         try:
             os.link(path, place)
-        except FileNotFoundError:
-            yield None
-            return
         except OSError:  # no links on this file system
             shutil.copy2(path, place)
         yield place
@@ -223,4 +238,5 @@ def _in_order(folder: Path) -> list[Path]:
                 return number, name
         return len(_FIRST) + (1 + _LAST.index(name) if name in _LAST else 0), name
 
-    return sorted((path for path in folder.rglob("*") if path.is_file()), key=rank)
+    files = (path for path in folder.rglob("*") if path.is_file() and not path.is_symlink())
+    return sorted(files, key=rank)

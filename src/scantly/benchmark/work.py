@@ -341,8 +341,11 @@ def main() -> None:
     signal.set_wakeup_fd(written, warn_on_full_buffer=False)
     threading.Thread(target=_stop_with_the_parent, args=(signals,), daemon=True).start()
     outcome = run_job(job)
-    sys.stdout.write(f"\n{_TOLD}{json.dumps(outcome.to_dict())}\n")
-    sys.stdout.flush()
+    try:
+        sys.stdout.write(f"\n{_TOLD}{json.dumps(outcome.to_dict())}\n")
+        sys.stdout.flush()
+    except BrokenPipeError:  # the parent is gone; the interpreter flushes again at its end
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def benchmark(
             cpus=cpus_per_cell,
             gpus=gpus_per_cell,
         )
-    _say_state(grid, state)
+    _say_state(grid, state, out)
 
 
 def _where(on: str, address: str | None) -> On:
@@ -98,7 +98,7 @@ def _told_if_stopped(grid: Grid) -> Iterator[None]:
     """Ctrl-C, or SIGTERM as schedulers send it: cells stop with a checkpoint each, and one sentence says so."""
     from scantly.errors import RunError
 
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.getsignal(signal.SIGTERM) or signal.SIG_DFL
     here = threading.current_thread() is threading.main_thread()
     if here:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
@@ -157,7 +157,8 @@ def _say_plan(grid: Grid, *, processes: int, threads: int, retry_failed: bool) -
     say("predictions come to it. Nothing was written.")
 
 
-def _say_state(grid: Grid, state: GridState) -> None:
+def _say_state(grid: Grid, state: GridState, out: str) -> None:
+    from scantly.benchmark.run import send_report
     from scantly.report import benchmark_report
 
     say(
@@ -169,3 +170,4 @@ def _say_state(grid: Grid, state: GridState) -> None:
         say("failed cells are done again with --retry-failed")
     if state.done:
         say(f"report: {benchmark_report(grid)}")
+        send_report(grid, out)
