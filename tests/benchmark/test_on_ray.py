@@ -40,18 +40,35 @@ def cluster(packages: Path) -> Iterator[Any]:
         install(packages, patch)
         patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
         patch.delenv("RAY_ADDRESS", raising=False)
-        small = {"object_store_memory": 80 * 2**20, "include_dashboard": False}
-        head = {"num_cpus": 0, "num_gpus": 0, "temp_dir": folder, **small}
-        cluster = Cluster(initialize_head=True, head_node_args=head)
+        cluster = None
         try:
-            for _ in range(2):
-                cluster.add_node(num_cpus=1, num_gpus=0, object_store_memory=80 * 2**20)
-            cluster.wait_for_nodes()
+            cluster = started(Cluster, folder)
             yield cluster
         finally:
             ray.shutdown()
-            cluster.shutdown()
+            if cluster is not None:
+                cluster.shutdown()
             shutil.rmtree(folder, ignore_errors=True)
+
+
+def started(kind: Any, folder: str) -> Any:
+    """The cluster. Ray gives a node 30 seconds to start, which a busy machine may exceed: three tries."""
+    small = {"num_gpus": 0, "object_store_memory": 80 * 2**20}
+    for last in (False, False, True):
+        cluster = kind()
+        try:
+            cluster.add_node(num_cpus=0, temp_dir=folder, include_dashboard=False, **small)
+            for _ in range(2):
+                cluster.add_node(num_cpus=1, **small)
+            cluster.wait_for_nodes(timeout=120)
+        except Exception:
+            with suppress(Exception):
+                cluster.shutdown()
+            if last:
+                raise
+        else:
+            return cluster
+    raise AssertionError
 
 
 def raylet_of(node: Any) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import yaml
 from grid_helpers import spec_values
 from pydantic import ValidationError
 
-from scantly.benchmark.spec import BenchmarkSpec, read_spec
+from scantly.benchmark.spec import BenchmarkSpec, DatasetEntry, MethodEntry, read_spec
 from scantly.errors import ConfigError
 
 
@@ -174,3 +175,16 @@ def test_the_class_itself_refuses_rows_of_one_name() -> None:
     values = {**spec_values("x"), "methods": ["ict", {"name": "ua_mt", "label": "ict"}]}
     with pytest.raises(ValidationError, match="rows of one name"):
         BenchmarkSpec.model_validate(values)
+
+
+def test_the_page_about_benchmarks(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "benchmark.md").read_text(encoding="utf-8")
+    (shown,) = re.findall(r"^```yaml\n(.*?)^```$", text, re.M | re.S)
+    path = tmp_path / "hearts.yaml"
+    path.write_text(shown)
+    assert list(read_spec(path).datasets) == ["acdc", "own"]
+    assert all(entry.row for entry in read_spec(path).methods)
+    head = text.partition("| Key | Default | Meaning |")[2].partition("\n\n")[0]
+    told = {name for row in re.findall(r"^\| ((?:`\w+`(?:, )?)+) \|", head, re.M) for name in re.findall(r"\w+", row)}
+    fields = {*BenchmarkSpec.model_fields, *DatasetEntry.model_fields, *MethodEntry.model_fields}
+    assert told == fields

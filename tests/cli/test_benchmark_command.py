@@ -59,7 +59,7 @@ def pretending(monkeypatch: pytest.MonkeyPatch):
 
     def use(*failing: str) -> None:
         monkeypatch.setattr(run_module, "LocalPool", lambda processes: Pretending(*failing))
-        monkeypatch.setattr("scantly.report.benchmark_report", lambda grid: grid.folder / "report.html")
+        monkeypatch.setattr("scantly.report.benchmark_page.benchmark_report", lambda grid: grid.folder / "report.html")
 
     return use
 
@@ -78,7 +78,7 @@ def pretending(monkeypatch: pytest.MonkeyPatch):
         ({}, ["--precision", "16"], "16"),
         ({}, ["--on", "rey"], "did you mean 'ray'?"),
         ({}, ["--address", "10.0.0.1:6379"], "add --on ray"),
-        ({}, ["--processes", "0"], "0 is not in the range x>=1"),
+        ({}, ["--processes", "0"], "greater than or equal to 1"),
     ],
 )
 def test_a_bad_input_is_one_sentence_and_nothing_is_written(
@@ -199,11 +199,14 @@ def test_without_ray(scantly, spec, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert not (tmp_path / "out").exists()
 
 
-def test_ctrl_c_is_one_sentence(scantly, spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("stopped", [KeyboardInterrupt(), SystemExit(15)], ids=["Ctrl-C", "SIGTERM on Ray"])
+def test_being_stopped_is_one_sentence(
+    scantly, spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, stopped: BaseException
+) -> None:
     class Interrupted(Pretending):
         def run(self, jobs: list[Job]):
             yield from super().run(jobs[:1])
-            raise KeyboardInterrupt
+            raise stopped
 
     monkeypatch.setattr(run_module, "LocalPool", lambda processes: Interrupted())
     outcome = scantly("benchmark", spec(), "--out", tmp_path / "out")

@@ -52,7 +52,18 @@ def test_as_a_module_it_answers_the_same() -> None:
 def test_help_lists_the_commands_and_each_help_ends_with_examples(scantly) -> None:
     text = scantly("--help").out
     listed = [line.split()[0] for line in text.split("Commands:")[1].split("Examples:")[0].splitlines() if line.strip()]
-    assert listed == ["demo", "methods", "init", "check", "plan", "train", "predict", "evaluate", "compare"]
+    assert listed == [
+        "demo",
+        "methods",
+        "init",
+        "check",
+        "plan",
+        "train",
+        "predict",
+        "evaluate",
+        "compare",
+        "benchmark",
+    ]
     for command in listed:
         examples = scantly(command, "--help").out.split("Examples:")[1].split("\n")[1:-1]
         assert examples

@@ -42,7 +42,7 @@ def scantly(*words: str | Path, packages: Path | None) -> subprocess.CompletedPr
     if packages is not None:
         environment["PYTHONPATH"] = str(packages)
     command = [sys.executable, "-m", "scantly", *map(str, words)]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=300)
+    return subprocess.run(command, env=environment, capture_output=True, encoding="utf-8", check=False, timeout=300)
 
 
 def sentence(refused: subprocess.CompletedProcess[str]) -> str:
@@ -59,7 +59,9 @@ def packages(tmp_path_factory: pytest.TempPathFactory) -> Path:
     source = shutil.copytree(EXAMPLE, folder / "source")  # a build leaves files beside the source
     options = ("--quiet", "--no-deps", "--no-index", "--no-build-isolation", "--disable-pip-version-check")
     words = ["-m", "pip", "install", *options, "--target", folder / "installed", source]
-    done = subprocess.run([sys.executable, *map(str, words)], capture_output=True, text=True, check=False, timeout=300)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], capture_output=True, encoding="utf-8", check=False, timeout=300
+    )
     assert done.returncode == 0, done.stderr
     return folder / "installed"
 

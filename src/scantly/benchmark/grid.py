@@ -228,7 +228,7 @@ class Grid:
         write_json(path, {**outcome.to_dict(), "attempts": [*earlier, *outcome.to_dict()["attempts"]]})
 
     def _tell(self, outcome: Outcome, line: ProgressLine, done: int, left: float | None) -> None:
-        if outcome.state == "failed":
+        if outcome.state == "failed" and outcome.kind != "disk":
             _LOGGER.warning("%s failed: %s", outcome.name, outcome.reason)
         line.update(done, note=f"{outcome.name} {outcome.state}", force=True, left=left)
 

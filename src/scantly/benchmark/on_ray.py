@@ -51,7 +51,7 @@ class RayPool:
         _require_answer(given)
         try:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, ignore_reinit_error=True)
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # some of Ray's are of no class of their own
             reason = " ".join(str(error).split())
             raise RunError(f"no Ray cluster can be used at {given or 'the default address'} ({reason}).") from error
         self._require_resources()

@@ -13,6 +13,7 @@ import logging
 import os
 import shutil
 import threading
+import time
 import uuid
 from collections.abc import Container, Iterator
 from contextlib import contextmanager, suppress
@@ -34,6 +35,8 @@ _CHECKPOINT = "checkpoints/last.ckpt"
 _LAST = (_CHECKPOINT, "model.safetensors")
 _SKIPPED = (".lock", ".tmp-")
 _HELD = ".tmp-held"
+#: Seconds before the last round is tried again.
+_PAUSES = (2.0, 10.0, 60.0)
 
 
 def is_address(place: str) -> bool:
@@ -198,7 +201,17 @@ class Remote:
         finally:
             over.set()
             thread.join()
-            self.send(folder)
+            self._send_at_last(folder)
+
+    def _send_at_last(self, folder: Path) -> None:
+        """What is not sent now is lost to all other machines: an address that is away for a moment is waited for."""
+        for pause in _PAUSES:
+            try:
+                return self.send(folder)
+            except RunError as error:
+                _LOGGER.warning("%s Trying again in %g seconds.", error, pause)
+                time.sleep(pause)
+        return self.send(folder)
 
     def _keep_sending(self, folder: Path, every: float, over: threading.Event) -> None:
         while not over.wait(every):

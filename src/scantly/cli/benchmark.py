@@ -104,8 +104,9 @@ def _told_if_stopped(grid: Grid) -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
-    except KeyboardInterrupt:
-        done = len(grid.state().done)
+    except (KeyboardInterrupt, SystemExit):  # the latter by Ray, which takes SIGTERM for itself
+        outcomes = [grid.outcome(cell) for cell in grid.cells]
+        done = sum(outcome is not None and outcome.state == "done" for outcome in outcomes)
         raise RunError(
             f"stopped with {done} of {len(grid.cells)} cells done; the same command goes on, inside a cell from its "
             "last checkpoint."
@@ -159,7 +160,7 @@ def _say_plan(grid: Grid, *, processes: int, threads: int, retry_failed: bool) -
 
 def _say_state(grid: Grid, state: GridState, out: str) -> None:
     from scantly.benchmark.run import send_report
-    from scantly.report import benchmark_report
+    from scantly.report.benchmark_page import benchmark_report
 
     say(
         f"{len(state.done)} of {len(grid.cells)} cells are done, {len(state.failed)} failed, {len(state.open)} are open"
