@@ -15,6 +15,7 @@ __all__ = [
     "DatasetError",
     "DeviceError",
     "ImageError",
+    "PeerError",
     "RunError",
     "ScantlyError",
     "times",
@@ -40,6 +41,10 @@ class ConfigError(ScantlyError):
 
 class RunError(ScantlyError):
     """A run folder that cannot be written, resumed, read or compared."""
+
+
+class PeerError(RunError):
+    """One of several training processes that ended for a reason which another of them tells."""
 
 
 class DeviceError(ScantlyError):

@@ -200,6 +200,11 @@ def test_cases_that_chose_the_checkpoint_are_not_reported_on(phantom: Path) -> N
         resolve_cells(spec_of(phantom, entry={"split": "val"}))
 
 
+def test_several_devices_per_cell_are_refused(phantom: Path) -> None:
+    with pytest.raises(ConfigError, match=r"a cell trains on one device; leave out training\.devices"):
+        resolve_cells(spec_of(phantom, entry={"settings": {"training": {"devices": 2}}}))
+
+
 def test_without_test_cases_the_validation_cases_are_reported_on(phantom: Path, tmp_path: Path) -> None:
     cohort = tmp_path / "cohort"
     cohort.mkdir()

@@ -4,8 +4,10 @@ from torch import nn
 
 from scantly.errors import ConfigError
 from scantly.methods.base import Method, MethodConfig, OptimizerSpec, Stage, Task
+from scantly.ranks import rank
 from scantly.training.config import TrainingSection
 from scantly.training.optimizers import TrainingHandles, learning_rate
+from two_ranks import run_on_two_ranks
 
 
 def test_poly_values_of_the_specification():
@@ -83,27 +85,35 @@ def test_clipping_bounds_the_norm_per_optimizer():
     assert (method.g.weight - before).norm().item() == pytest.approx(0.01 * 0.5, rel=1e-4)
 
 
-def test_gradients_added_after_an_average_are_averaged_too(monkeypatch):
-    """Two ranks; the other one always has gradient 0, so an average halves what is there."""
+def averaged():
+    """Rank 0 adds gradients of ones, rank 1 none; ``d`` has a gradient on neither."""
+    torch.manual_seed(0)
     method = Adversaries()
-    handles = TrainingHandles(method, Stage(), TrainingSection(momentum=0, weight_decay=0), 10)
-    other = torch.zeros(2, 2)
+    handles = TrainingHandles(method, Stage(), TrainingSection(momentum=0, weight_decay=0.5), 10)
+    before = [p.detach().clone() for p in (method.g.weight, method.d.weight)]
 
-    def all_reduce(gradient):
-        gradient += other
+    def ones():
+        if rank() == 0:
+            handles.backward(method.g.weight.sum(), "g")
 
-    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
-    monkeypatch.setattr(torch.distributed, "all_reduce", all_reduce)
-    before = method.g.weight.detach().clone()
-    handles.backward(method.g.weight.sum(), "g")
+    ones()
     handles.average_gradients("g")
     first = method.g.weight.grad.clone()
-    assert torch.equal(first, torch.full((2, 2), 0.5))
-    handles.backward(method.g.weight.sum(), "g")  # 0.5 of both ranks, and 1 of this one alone
-    other = first.clone()
+    ones()  # beside the half that both have
+    handles.average_gradients("g")
+    second = method.g.weight.grad.clone()
+    handles.update("d")
     handles.update("g")
-    assert torch.allclose(before - method.g.weight, torch.full((2, 2), 0.01))
+    after = [p.detach().clone() for p in (method.g.weight, method.d.weight)]
+    return first, second, before, after
+
+
+def test_gradients_are_averaged_over_the_ranks_also_those_added_after_an_average():
+    for first, second, before, after in run_on_two_ranks(averaged):
+        assert torch.equal(first, torch.full((2, 2), 0.5))
+        assert torch.equal(second, torch.full((2, 2), 1.0))
+        assert torch.allclose(after[0], before[0] - 0.01 * (1 + 0.5 * before[0]))
+        assert torch.equal(after[1], before[1])  # not even decayed: in one process it has no gradient
 
 
 def test_an_optimizers_own_power_end_and_clipping_win_over_the_recipes():

@@ -140,14 +140,22 @@ def _resolved(cell: Cell, entry: DatasetEntry, method: MethodEntry, flags: dict[
         data = {key: values for key, values in entry.settings.items() if key == "data"}
         besides = _faults(partial(resolving, common=data, own=own), partial(resolving, common=data, own={}))
         return list(dict.fromkeys([*str(error).splitlines(), *besides]))
-    if cell.labeled == ALL and config.data.labeled is not None:
-        return ["the recipe says data.labeled, so all labels cannot be had; set upper_bound to false."]
     split = entry.split or ("test" if config.split["test"] else "val")
+    unfit = _unfit(cell, config, split)
+    return replace(cell, split=split, config=config) if unfit is None else [unfit]
+
+
+def _unfit(cell: Cell, config: RunConfig, split: Literal["val", "test"]) -> str | None:
+    """Why a configuration that could be trained is no cell."""
+    if config.training.devices * config.training.nodes > 1:
+        return "a cell trains on one device; leave out training.devices and training.nodes."
+    if cell.labeled == ALL and config.data.labeled is not None:
+        return "the recipe says data.labeled, so all labels cannot be had; set upper_bound to false."
     if not config.split[split]:
-        return [f"there are no {split} cases to report on; choose another split."]
+        return f"there are no {split} cases to report on; choose another split."
     if split == "val" and config.evaluation.selection == "best":
-        return ["val cases choose the checkpoint, so they cannot be reported on; set evaluation.selection to last."]
-    return replace(cell, split=split, config=config)
+        return "val cases choose the checkpoint, so they cannot be reported on; set evaluation.selection to last."
+    return None
 
 
 def _faults(*attempts: Callable[[], object]) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import sys
 import traceback
 import warnings
@@ -15,7 +16,7 @@ from scantly.cli.allocator import keep_freed_memory
 from scantly.cli.app import app
 from scantly.cli.arguments import join_values, take_debug
 from scantly.cli.output import log_to_stderr, warn
-from scantly.errors import ScantlyError
+from scantly.errors import PeerError, ScantlyError
 
 __all__ = ["main"]
 
@@ -50,13 +51,17 @@ def main(arguments: Sequence[str] | None = None) -> None:
     words, debug = take_debug(sys.argv[1:] if arguments is None else arguments)
     if not debug:
         sys.excepthook = _report_fault
+        # what torch's own layer below Python says of a process that is gone is told in a sentence of ours
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
     with log_to_stderr(), warnings.catch_warnings():
         if not debug and not sys.warnoptions:
             warnings.simplefilter("ignore")  # libraries' advice to programmers; ours goes through the logger
         try:
             get_command(app).main(join_values(words), prog_name="scantly")
+        except PeerError as error:
+            _refuse(str(error), debug=debug, quiet=True)
         except ScantlyError as error:
-            _refuse(str(error), debug=debug)
+            _refuse(str(error), debug=debug, quiet=_another_tells())
         except OSError as error:
             if error.errno not in _OF_THE_SYSTEM:
                 raise
@@ -64,11 +69,19 @@ def main(arguments: Sequence[str] | None = None) -> None:
             _refuse(f"cannot use {place}: {error.strerror}; {_OF_THE_SYSTEM[error.errno]}.", debug=debug)
 
 
-def _refuse(sentence: str, *, debug: bool) -> None:
+def _refuse(sentence: str, *, debug: bool, quiet: bool = False) -> None:
     if debug:
         traceback.print_exc()
-    warn(sentence)
+    if not quiet:
+        warn(sentence)
     sys.exit(_USER_FAULT)
+
+
+def _another_tells() -> bool:
+    """Whether torchrun's first process on this machine meets the same fault: before the processes have met, all do."""
+    distributed = sys.modules.get("torch.distributed")
+    met = distributed is not None and distributed.is_initialized()
+    return not met and os.environ.get("LOCAL_RANK", "0") != "0"
 
 
 def _report_fault(

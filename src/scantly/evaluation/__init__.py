@@ -26,6 +26,7 @@ from scantly.evaluation.summaries import (
     ScoredRun,
     compare_over_seeds,
     mean_over_seeds,
+    mean_table,
     summarize_runs,
 )
 from scantly.evaluation.surfaces import SurfaceDistances, image_diagonal
@@ -79,6 +80,7 @@ __all__ = [
     "load_table",
     "make_table",
     "mean_over_seeds",
+    "mean_table",
     "nsd",
     "rank_methods",
     "save_table",

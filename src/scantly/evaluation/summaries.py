@@ -27,6 +27,7 @@ __all__ = [
     "ScoredRun",
     "compare_over_seeds",
     "mean_over_seeds",
+    "mean_table",
     "summarize_runs",
 ]
 
@@ -151,7 +152,7 @@ def mean_over_seeds(runs: Sequence[ScoredRun]) -> dict[str, pd.DataFrame]:
         RunError: as :func:`summarize_runs`.
     """
     _check_runs(runs)
-    return {name: _mean_table([run.table for run in members]) for name, members in _by_name(runs).items()}
+    return {name: mean_table([run.table for run in members]) for name, members in _by_name(runs).items()}
 
 
 def compare_over_seeds(
@@ -299,7 +300,15 @@ def _statuses(rows: pd.DataFrame) -> dict[str, int]:
     return {status: int((rows["status"] == status).sum()) for status in _STATUSES}
 
 
-def _mean_table(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+def mean_table(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
+    """Per-case means of the tables of several seeds; a value that some lack (both masks empty) is that of the others.
+
+    Args:
+        tables: Per-case tables of the same cases.
+
+    Returns:
+        Columns ``case``, ``class`` and the metrics.
+    """
     import pandas as pd
 
     stacked = pd.concat(tables, ignore_index=True)

@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scantly.ranks import mean_over_ranks, rows_of_all_ranks, sum_over_ranks
+
 __all__ = [
     "IGNORED",
     "confident_cross_entropy",
@@ -43,7 +45,7 @@ def confident_cross_entropy(
 
     You et al., NeurIPS 2023 (ARCO), after U2PL (Wang et al., CVPR 2022): the mean over the batch's voxels whose
     cross-entropy is above 0 of ``w_b CE``. Voxels of images without any confident voxel count in the divisor;
-    voxels that are fitted exactly and ignored ones do not.
+    voxels that are fitted exactly and ignored ones do not. The batch is that of all ranks.
 
     Args:
         logits: ``(B, C, *spatial)``.
@@ -57,8 +59,8 @@ def confident_cross_entropy(
     counts = (pseudo_labels != IGNORED).flatten(1).sum(1)
     weights = (confidence >= threshold).flatten(1).sum(1) / counts.clamp(min=1)
     per_voxel = F.cross_entropy(logits.float(), pseudo_labels, ignore_index=IGNORED, reduction="none").flatten(1)
-    total = (weights * per_voxel.sum(1)).sum()
-    return total / (per_voxel.detach() > 0).sum().clamp(min=1), weights
+    total = sum_over_ranks((weights * per_voxel.sum(1)).sum())
+    return total / sum_over_ranks((per_voxel.detach() > 0).sum()).clamp(min=1), weights
 
 
 def masked_cross_entropy(
@@ -73,7 +75,7 @@ def masked_cross_entropy(
         logits: ``(B, C, *spatial)``.
         targets: Pseudo-labels ``(B, *spatial)``, integers in ``[0, C)``, or probabilities ``(B, C, *spatial)``.
         mask: Which voxels are trusted, ``(B, *spatial)``, bool.
-        normalize: ``all``: Z is the number of voxels (FixMatch); ``masked``: of the trusted ones.
+        normalize: ``all``: Z is the number of voxels (FixMatch); ``masked``: of the trusted ones, on all ranks.
 
     Returns:
         Scalar; 0, and no gradient, where no voxel is trusted. Float32 (float64 logits: float64).
@@ -88,7 +90,9 @@ def masked_cross_entropy(
     targets = targets.to(logits.dtype) if targets.is_floating_point() else targets
     per_voxel = F.cross_entropy(logits, targets, reduction="none")
     total = (per_voxel * mask).sum()
-    return total / (per_voxel.numel() if normalize == "all" else mask.sum() + 1e-12)
+    if normalize == "all":
+        return total / per_voxel.numel()
+    return sum_over_ranks(total) / (sum_over_ranks(mask.sum()) + 1e-12)
 
 
 def masked_divergence(logits: Tensor, target_logits: Tensor, mask: Tensor) -> Tensor:
@@ -113,7 +117,7 @@ def masked_divergence(logits: Tensor, target_logits: Tensor, mask: Tensor) -> Te
 
 
 def masked_quantiles(values: Tensor, mask: Tensor, shares: tuple[float, ...]) -> Tensor:
-    """Quantiles of the values under a mask, without waiting for the device.
+    """Quantiles of the values under a mask, on all ranks together, without a gradient or waiting for the device.
 
     Args:
         values: Any shape, finite.
@@ -128,14 +132,15 @@ def masked_quantiles(values: Tensor, mask: Tensor, shares: tuple[float, ...]) ->
         >>> masked_quantiles(values, values < 1, (0.2, 0.8))
         tensor([0.1800, 0.4200])
     """
-    ordered = torch.where(mask, values, torch.inf).flatten().sort().values
-    last = (mask.sum() - 1).clamp(min=0)
+    ordered = rows_of_all_ranks(torch.where(mask, values, torch.inf).flatten()).sort().values
+    count = sum_over_ranks(mask.sum())
+    last = (count - 1).clamp(min=0)
     # float64: with float32 the position is exact only below 2**24 values.
     positions = torch.stack([last.double() * share for share in shares])
     below = positions.floor()
     lower, upper = ordered[below.long()], ordered[torch.minimum(below.long() + 1, last)]
     found = torch.lerp(lower, upper, (positions - below).to(values.dtype))
-    return torch.where(mask.any(), found, torch.inf)
+    return torch.where(count > 0, found, torch.inf)
 
 
 def sharpened(logits: Tensor, temperature: float, *, normalized: bool = False) -> Tensor:
@@ -191,7 +196,8 @@ def pyramid_consistency(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     Luo et al., "Efficient Semi-supervised Gross Target Volume of Nasopharyngeal Carcinoma Segmentation via Uncertainty
     Rectified Pyramid Consistency", MICCAI 2021 (URPC), public code: with ``D_s = KL(mean || p_s)`` and ``w_s =
     exp(-D_s)`` per voxel, the mean over scales of ``mean((mean - p_s)^2 w_s) / (mean(w_s) + 1e-8) + mean(D_s)``. All of
-    it takes gradients. The paper's formula is usually quoted with the divergence the other way round.
+    it takes gradients, and means are those of all ranks' voxels. The paper's formula is usually quoted with the
+    divergence the other way round.
 
     Args:
         logits: Of each scale, all of one size, ``(B, C, *spatial)``.
@@ -207,7 +213,8 @@ def pyramid_consistency(logits: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     for p, log_p in zip(probs, log_probs, strict=True):
         divergence = (mean * (log_mean - log_p)).sum(1, keepdim=True)
         weight = torch.exp(-divergence)
-        rectified = ((mean - p).square() * weight).mean() / (weight.mean() + 1e-8)
+        rectified = mean_over_ranks(((mean - p).square() * weight).mean())
+        rectified = rectified / (mean_over_ranks(weight.mean()) + 1e-8)
         losses.append(rectified + divergence.mean())
         divergences.append(divergence.mean())
     return torch.stack(losses).mean(), torch.stack(divergences).mean()

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scantly.ranks import rank, sum_over_ranks, world_size
+
 __all__ = [
     "LocalContrast",
     "Normalization",
@@ -36,7 +38,7 @@ class LocalContrast:
     """The loss, and what shows whether it works (without gradient).
 
     Attributes:
-        loss: Scalar; 0 where no pair can be used, with a gradient of 0.
+        loss: Scalar; 0 where no pair can be used, with a gradient of 0. All else is of this rank's pairs alone.
         used: Which pairs have an anchor, ``(B,)`` bool.
         anchors: Anchors of each class, both images of all pairs together, ``(K,)``.
         positive: Mean cosine of anchors and the means of their own class; 0 where there is none.
@@ -163,7 +165,7 @@ def mean_over_pairs(
     ``correct``: a pair's sum is divided by its anchors (inter) or half of them (intra), as many as it really has;
     then the mean over the pairs that have any. ``released``: the public code divides inside its loop over the pairs,
     by the number of a complete pair, so pair ``b`` of ``B`` has weight ``divisor ** -(B - b + 1) / B`` and the last
-    one nearly all.
+    one nearly all. The pairs are those of all ranks, in the order of the ranks.
 
     Args:
         sums: ``(B,)``.
@@ -185,10 +187,11 @@ def mean_over_pairs(
     per_anchor = 2 if variant == "intra" else 1
     if normalization == "released":
         divisor = 2 * complete / per_anchor
-        powers = torch.arange(len(sums), 0, -1, device=sums.device)
+        later = (world_size() - 1 - rank()) * len(sums)
+        powers = torch.arange(later + len(sums), later, -1, device=sums.device)
         return (sums * divisor**-powers).sum() / len(sums)
     per_pair = per_anchor * sums / anchors.clamp(min=1)
-    return per_pair.sum() / (anchors > 0).sum().clamp(min=1)
+    return sum_over_ranks(per_pair.sum()) / sum_over_ranks((anchors > 0).sum()).clamp(min=1)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from scantly.ranks import sums_over_ranks
+
 __all__ = ["cross_entropy", "cross_entropy_dice", "soft_dice", "soft_dice_per_image", "weighted_cross_entropy"]
 
 
@@ -36,7 +38,8 @@ def soft_dice(
 
     Per class ``1 - (2 sum(p y) + s) / (sum(p^2) + sum(y^2) + s)``, then the mean over classes. The sums run
     over batch and voxels together, as the public code of the field does; this is not the mean of per-sample
-    losses: an all-background sample then adds no constant term.
+    losses: an all-background sample then adds no constant term. In a training of several ranks the batch is that of
+    all of them.
 
     Args:
         probs: Softmax probabilities, ``(B, C, *spatial)``.
@@ -70,6 +73,7 @@ def soft_dice(
         total = (shown * probs).sum(axes) + (marked if hard else marked * target).sum(axes)
     else:
         total = shown.sum(axes) + marked.sum(axes)
+    intersection, total = sums_over_ranks(intersection, total)
     dice = 1 - (2 * intersection + (smooth if smooth_numerator else 0)) / (total + smooth)
     return dice.mean() if include_background else dice[1:].mean()
 

@@ -2,7 +2,8 @@
 
 Basak and Yin, "Pseudo-label Guided Contrastive Learning for Semi-supervised Medical Image Segmentation", CVPR 2023
 (PLGCL), and its released code. Vectors have unit length; ``M`` anchors, ``G`` groups (the classes that are present),
-``d`` dimensions. Everything is computed in float32, products of matrices too.
+``d`` dimensions. Everything is computed in float32, products of matrices too. Means over the anchors are those of all
+ranks' anchors, of which one may have fewer than another, or none; the groups and their statistics are the same on all.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ import math
 
 import torch
 from torch import Tensor
+
+from scantly.ranks import mean_of_rows, sum_over_ranks, world_size
 
 __all__ = ["binary_entropy", "closed_form_contrast", "discrete_contrast"]
 
@@ -75,7 +78,7 @@ def closed_form_contrast(
         Scalar, float32; 0, connected to the anchors, where there are fewer than two classes or no anchor.
     """
     count = len(means)
-    if count < 2 or not len(anchors):
+    if count < 2 or (not len(anchors) and world_size() == 1):
         return anchors.float().sum() * 0
     with torch.autocast(anchors.device.type, enabled=False):
         anchors, means, covariances = anchors.float(), means.detach().float(), covariances.detach().float()
@@ -84,7 +87,7 @@ def closed_form_contrast(
         scores = similarity + covariance_weight / (2 * temperature**2) * spread
     own = groups[:, None] == torch.arange(count, device=groups.device)
     scores = torch.where(own, scores, scores + math.log(negative_weight / count))
-    return (scores.logsumexp(1) - similarity.gather(1, groups[:, None])[:, 0]).mean()
+    return mean_of_rows(scores.logsumexp(1) - similarity.gather(1, groups[:, None])[:, 0])
 
 
 def discrete_contrast(
@@ -128,4 +131,4 @@ def discrete_contrast(
     positives = positive.sum(1)
     counted = (positives > 0) & negative.any(1)
     per_anchor = losses.sum(1) / positives.clamp(min=1)
-    return (per_anchor * counted).sum() / counted.sum().clamp(min=1)
+    return sum_over_ranks((per_anchor * counted).sum()) / sum_over_ranks(counted.sum()).clamp(min=1)

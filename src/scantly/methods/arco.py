@@ -25,6 +25,7 @@ from scantly.methods.parts.memory_bank import MemoryBank
 from scantly.networks import EncoderDecoder
 from scantly.networks.heads import pointwise_head
 from scantly.networks.pyramid import PyramidHead
+from scantly.ranks import true_on_all_ranks
 from scantly.views import (
     StrongConfig,
     apply_cutmix,
@@ -329,7 +330,7 @@ class ARCO(Method):
 
     def _count_empty(self, term: str, empty: Tensor) -> None:
         counter: Tensor = getattr(self, f"{term}_empty")
-        counter += empty
+        counter += true_on_all_ranks(empty)
         self.log(f"{term}_empty", counter.clone())
 
     def after_step(self, progress: Progress) -> None:

@@ -1,8 +1,9 @@
 """The contract of a method: what it is given, what it returns, what it may ask for.
 
-A method is plain PyTorch and knows nothing of files, loops, devices or ranks, so that it can be used in
-anybody's training loop. Shapes: ``B`` batch (``Bl`` labeled, ``Bu`` unlabeled), ``C`` channels or classes,
-``(B, C, *spatial)`` stands for ``(B, C, H, W)`` and ``(B, C, D, H, W)``.
+A method is plain PyTorch and knows nothing of files, loops or devices, so that it can be used in anybody's training
+loop. Of ranks it knows that a sum or an order over the batch is one over all of them (:mod:`scantly.ranks`).
+Shapes: ``B`` batch (``Bl`` labeled, ``Bu`` unlabeled), ``C`` channels or classes, ``(B, C, *spatial)`` stands for
+``(B, C, H, W)`` and ``(B, C, D, H, W)``.
 """
 
 from __future__ import annotations
@@ -272,6 +273,10 @@ class Method(nn.Module, ABC):
     A subclass builds its networks in ``__init__`` with ``task.network()``, and implements :meth:`losses`
     and :attr:`predictor`; most need nothing else. Everything that must survive a kill (EMA weights, memory
     banks, counters) is a parameter or buffer, so that it is in ``state_dict``.
+
+    In a training of several ranks each has its own rows and draws, and what the method holds must stay the same on all,
+    bit by bit: the loss is the mean of theirs, gradients are averaged by the handles, ratios of sums over the batch and
+    what enters a memory go through :mod:`scantly.ranks`, which all ranks must call equally often, whatever they find.
 
     Attributes:
         generator: Source of the method's random draws. The engine replaces, seeds and checkpoints it; it

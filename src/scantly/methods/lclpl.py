@@ -27,6 +27,7 @@ from scantly.methods.parts.label_smoothing import smooth_labels
 from scantly.methods.parts.samplers import SamplerKind, sample
 from scantly.networks.heads import pointwise_head
 from scantly.networks.lclpl_unet import as_published
+from scantly.ranks import of_first_rank, true_on_all_ranks
 from scantly.views import apply_elastic, apply_jitter, sample_elastic, sample_jitter
 
 __all__ = ["LCLPL"]
@@ -200,6 +201,9 @@ class LCLPL(Method):
         self.contrast_head.requires_grad_(self._contrasts and stage.name != "baseline")
         if first and stage.name == "round1":
             self.network.head.load_state_dict(self.task.encoder_decoder().head.state_dict())
+            with torch.no_grad():  # each rank has drawn its own
+                for parameter in self.network.head.parameters():
+                    parameter.copy_(of_first_rank(parameter))
 
     def optimizers(self, stage: Stage) -> dict[str, OptimizerSpec]:
         """The contrastive head is trained in the rounds alone."""
@@ -307,7 +311,7 @@ class LCLPL(Method):
     @torch.no_grad()
     def _watch(self, contrast: LocalContrast, logits: Tensor, labels: Tensor) -> None:
         """Log what shows whether the method works; the agreement with pseudo-labels is a foreground Dice."""
-        self.contrast_empty += ~contrast.used.any()
+        self.contrast_empty += true_on_all_ranks(~contrast.used.any())
         self.log("contrast_empty", self.contrast_empty.clone())
         self.log("pairs_used", contrast.used.sum())
         self.log("positive_similarity", contrast.positive)

@@ -13,6 +13,7 @@ from scantly.methods.base import Batch, Method, Progress, Task
 from scantly.methods.parts.consistency import NoiseConfig, RampConfig, TeacherConfig
 from scantly.methods.parts.ramps import gaussian_rampup
 from scantly.methods.parts.supervision import SupervisionConfig, split_outputs
+from scantly.ranks import sum_over_ranks
 
 __all__ = ["UncertaintyAwareMeanTeacher"]
 
@@ -62,7 +63,8 @@ class UncertaintyAwareMeanTeacher(Method):
         config.gather_statistics(self.teacher, batch.unlabeled, progress)
         certain = (uncertainty < self.threshold(progress))[:, None]
         squares = (unlabeled.float().softmax(1) - targets).square()
-        difference = (certain * squares).sum() / (self.counted_classes * certain.sum() + 1e-16)
+        count = sum_over_ranks(certain.sum())
+        difference = sum_over_ranks((certain * squares).sum()) / (self.counted_classes * count + 1e-16)
         weight = config.consistency_weight(progress)
         self.log("consistency_weight", torch.tensor(weight))
         self.log("certain", certain.float().mean())

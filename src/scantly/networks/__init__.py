@@ -1,5 +1,6 @@
 """Backbones by name, ours and every network of MONAI by its class name; heads on their features."""
 
+from scantly.networks.batch_norm import synchronize_batch_norm
 from scantly.networks.catalogue import build, check_sides, known_networks, side_factors
 from scantly.networks.distance import DistanceNetwork
 from scantly.networks.encoder_decoder import Decoder, EncoderDecoder
@@ -19,4 +20,5 @@ __all__ = [
     "check_sides",
     "known_networks",
     "side_factors",
+    "synchronize_batch_norm",
 ]

@@ -24,7 +24,7 @@ from scantly.report.groups import Method, Section
 from scantly.report.learning_diagram import learning_curve_diagram
 from scantly.report.plots import Plot
 from scantly.report.rank_diagram import critical_difference_diagram
-from scantly.report.tables import Cell, Column, columns, number_text, p_text, signed_text
+from scantly.report.tables import Cell, Column, columns, difference_texts, number_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -253,14 +253,7 @@ def _tests(
             continue
         compared = compare_over_seeds(of_count, groups=section.groups, against=baseline)
         rows = tuple(
-            {
-                "method": str(row["a"]),
-                "difference": signed_text(column, row["difference"]),
-                "interval": f"{signed_text(column, row['ci_low'])} to {signed_text(column, row['ci_high'])}",
-                "p": p_text(row["p"]),
-                "p_holm": p_text(row["p_holm"]),
-                "n": str(row["n"]),
-            }
+            {"method": str(row["a"]), **difference_texts(column, row)}
             for row in sorted(compared.to_dict("records"), key=lambda row: -row["difference"])
         )
         found.append((f"{_count_text(count, section.unit)}, against {baseline}", rows))

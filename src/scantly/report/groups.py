@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from scantly.errors import RunError
-from scantly.evaluation import DEFINITIONS, TOLERANCE_MM, Labeled
+from scantly.evaluation import DEFINITIONS, TOLERANCE_MM, Labeled, mean_table
 from scantly.files import digest
 from scantly.methods import catalogue
 from scantly.report.configs import differing_keys, flatten
@@ -266,7 +266,7 @@ def _methods(results: Sequence[Result], rows: Mapping[Path, str]) -> tuple[Metho
             labeled=_labeled(group[0].run.config) if group[0].run.config.get("split", {}).get("unlabeled") else "all",
             bound=bound,
             results=tuple(sorted(group, key=lambda result: result.seed)),
-            table=_mean_over_seeds([result.table for result in group]),
+            table=group[0].table if len(group) == 1 else mean_table([result.table for result in group]),
         )
         for label, row, bound, group in zip(labels, titles, bounds, groups, strict=True)
     )
@@ -345,13 +345,3 @@ def _bounds(configs: Sequence[Mapping[str, Any]]) -> list[Bound]:
         else:
             bounds.append("" if split.get("unlabeled") else "upper bound")
     return bounds
-
-
-def _mean_over_seeds(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Per-case means; a value that some seeds lack (both masks empty) is the mean of the others."""
-    import pandas as pd
-
-    if len(tables) == 1:
-        return tables[0]
-    stacked = pd.concat(tables, ignore_index=True)
-    return stacked.groupby(["case", "class"], sort=False, as_index=False)[list(DEFINITIONS)].mean()

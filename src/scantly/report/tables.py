@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -25,11 +25,10 @@ __all__ = [
     "class_tables",
     "columns",
     "comparison_table",
+    "difference_texts",
     "gains",
     "number_text",
     "overview",
-    "p_text",
-    "signed_text",
     "statistics",
 ]
 
@@ -226,11 +225,7 @@ def _statistics(section: Section, column: Column) -> Statistics:
         {
             "a": str(row["a"]),
             "b": str(row["b"]),
-            "difference": signed_text(column, row["difference"]),
-            "interval": f"{signed_text(column, row['ci_low'])} to {signed_text(column, row['ci_high'])}",
-            "p": p_text(row["p"]),
-            "p_holm": p_text(row["p_holm"]),
-            "n": str(row["n"]),
+            **difference_texts(column, row),
         }
         for row in compared.to_dict("records")
     )
@@ -249,6 +244,17 @@ def gains(section: Section) -> list[str]:
         for row in compared.rows
         if row["a"] in free and row["b"] in bound
     ]
+
+
+def difference_texts(column: Column, row: Mapping[Hashable, Any]) -> dict[str, str]:
+    """What a table shows of one comparison: difference, interval, p values, number of pairs."""
+    return {
+        "difference": signed_text(column, row["difference"]),
+        "interval": f"{signed_text(column, row['ci_low'])} to {signed_text(column, row['ci_high'])}",
+        "p": p_text(row["p"]),
+        "p_holm": p_text(row["p_holm"]),
+        "n": str(row["n"]),
+    }
 
 
 def signed_text(column: Column, value: float) -> str:

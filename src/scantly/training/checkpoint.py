@@ -11,6 +11,7 @@ from torch import Tensor
 
 from scantly.errors import RunError
 from scantly.files import atomic_path
+from scantly.ranks import rank, rows_of_all_ranks, world_size
 
 __all__ = ["capture_rng", "load_checkpoint", "restore_rng", "save_checkpoint"]
 
@@ -43,10 +44,16 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
 
 
 def capture_rng(generator: torch.Generator) -> dict[str, Tensor]:
-    """State of the method's generator and of torch's global ones (dropout draws from those)."""
+    """State of the method's generator and of torch's global ones (dropout draws from those).
+
+    Returns:
+        ``(bytes,)`` each, of several ranks ``(ranks, bytes)``; collective.
+    """
     state = {"method": generator.get_state(), "cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state()
+    if world_size() > 1:
+        state = {name: rows_of_all_ranks(value[None]) for name, value in state.items()}
     return state
 
 
@@ -54,8 +61,17 @@ def restore_rng(generator: torch.Generator, state: dict[str, Tensor]) -> None:
     """Inverse of :func:`capture_rng`.
 
     Raises:
-        RunError: if the state is that of another kind of device, which cannot continue exactly.
+        RunError: if the state is that of another kind of device, or of another number of ranks, which cannot continue
+            exactly.
     """
+    ranks = 1 if state["method"].ndim == 1 else len(state["method"])
+    if ranks != world_size():
+        raise RunError(
+            f"the checkpoint was written by {ranks} {'process' if ranks == 1 else 'processes'}, and this training has "
+            f"{world_size()}; resume with as many."
+        )
+    if ranks > 1:
+        state = {name: value[rank()].clone() for name, value in state.items()}  # generators crash on parts of a tensor
     if state["method"].numel() != generator.get_state().numel():
         raise RunError(
             f"the checkpoint was written on another kind of device than '{generator.device.type}'; resume with the "

@@ -88,13 +88,21 @@ class TrainingSection(Settings):
     )
     log_every: int = Field(10, ge=1, description="Iterations between lines of the log.")
     device: Literal["auto", "cpu", "cuda"] = Field("auto", description="Where to train.")
-    devices: int = Field(1, ge=1, description="Devices per node.")
+    devices: int = Field(1, ge=1, description="Devices per node; each has the plan's batch sizes.")
     nodes: int = Field(1, ge=1, description="Nodes.")
 
     @field_validator("precision", mode="before")
     @classmethod
     def _text(cls, value: object) -> object:
         return str(value) if isinstance(value, int) else value  # YAML reads 32 as a number
+
+    @model_validator(mode="after")
+    def _compiles_on_one_device(self) -> TrainingSection:
+        if self.compile and self.devices * self.nodes > 1:
+            raise ValueError(
+                "compile is for one device: what the ranks exchange within a step is not compiled; leave it out"
+            )
+        return self
 
     def validation_interval(self, spatial_dims: int) -> int:
         """Iterations between validations; predicting whole volumes takes far longer than slices."""

@@ -23,6 +23,7 @@ from scantly.errors import DeviceError, RunError, ScantlyError
 from scantly.inference.memory import is_out_of_memory
 from scantly.inference.model import save_model
 from scantly.methods.base import Method, Progress
+from scantly.ranks import any_rank, mean_over_ranks
 from scantly.training.checkpoint import capture_rng, load_checkpoint, restore_rng, save_checkpoint
 from scantly.training.config import RunConfig
 from scantly.training.feed import batch_source, make_batch
@@ -166,11 +167,14 @@ class Engine:
     _previous_optimizers: dict[str, Any] | None = None
 
     def _next(self, batches: Iterator[RawBatch], loop: _Loop) -> RawBatch:
-        """The next batch; if its files are damaged, what was trained so far is saved first."""
+        """The next batch; if its files are damaged, what was trained so far is saved first.
+
+        Not so on several ranks: a checkpoint takes all of them, and the others are in the next iteration already.
+        """
         try:
             return next(batches)
         except ScantlyError:
-            if self.iteration > loop.span.start:
+            if self.iteration > loop.span.start and self.fabric.world_size == 1:
                 self._save(loop)
             raise
 
@@ -232,7 +236,7 @@ class Engine:
         if place is None:
             return None
         folder, writer = place
-        if begins and writer == index and self.fabric.is_global_zero:
+        if begins and writer == index:
             _LOGGER.info("stage '%s': predicting %d unlabeled cases", span.stage.name, len(self.split.unlabeled))
             relabel(
                 self.method,
@@ -251,7 +255,8 @@ class Engine:
         logged = self.method.pop_logged()
         last = self.iteration == settings.steps
         border = self.iteration == loop.span.stop
-        saves = self.iteration % settings.checkpoint_interval == 0 or border or self._interruption.requested
+        (stops,) = any_rank(self._interruption.requested)
+        saves = self.iteration % settings.checkpoint_interval == 0 or border or stops
         if saves or self.iteration % settings.log_every == 0:  # before saving: no checkpoint of a diverged state
             self._log(loop, terms, logged)
         validates = self.iteration % settings.validation_interval(self.config.plan.spatial_dims) == 0
@@ -261,17 +266,17 @@ class Engine:
         if saves:
             with loop.paused():
                 self._save(loop)
-        if self._interruption.requested and not last:
+        if stops and not last:
             raise RunInterruptedError(
                 f"stopped after iteration {self.iteration} of {settings.steps}; a checkpoint was written, continue "
                 "with --resume."
             )
 
     def _log(self, loop: _Loop, terms: dict[str, Tensor], logged: dict[str, Tensor]) -> None:
-        """One synchronization for all scalars; refuses a loss that is not finite."""
+        """One synchronization for all scalars, which are the ranks' means; refuses a loss that is not finite."""
         names = [*(f"loss/{name}" for name in terms), *(f"method/{name}" for name in logged)]
         tensors = [value.detach().float().to(self.fabric.device) for value in (*terms.values(), *logged.values())]
-        values = dict(zip(names, torch.stack(tensors).cpu().tolist(), strict=True))
+        values = dict(zip(names, mean_over_ranks(torch.stack(tensors)).cpu().tolist(), strict=True))
         for name, value in values.items():
             if name.startswith("loss/") and not math.isfinite(value):
                 raise RunError(
@@ -291,8 +296,6 @@ class Engine:
         loop.line.update(self.iteration, title=loop.span.stage.name, note=note)
 
     def _validate(self, loop: _Loop) -> None:
-        if not self.fabric.is_global_zero:
-            return
         values = validate(
             self.method.predictor,
             self.split.val,
@@ -309,6 +312,8 @@ class Engine:
         loop.line.update(self.iteration, note=f"validation Dice {score:.4f}", force=True)
         if score > self.best.value or self.best.iteration == 0:
             self.best = _Best(-1.0 if math.isnan(score) else score, self.iteration)
+            if not self.fabric.is_global_zero:
+                return
             state = self._state(loop) if self.selects_best and self._goes_back else {"iteration": self.iteration}
             weights = self.method.predictor.state_dict()
             save_checkpoint(self.run.best_checkpoint, {**state, "dice": self.best.value, "predictor": weights})
@@ -337,18 +342,16 @@ class Engine:
         _LOGGER.info("stage '%s' begins from iteration %d, the best validation", span.stage.name, state["iteration"])
 
     def _save(self, loop: _Loop) -> None:
-        if loop.log is None:
-            return
+        generators = capture_rng(self.method.generator)
         weights = [value for value in self.method.state_dict().values() if value.is_floating_point()]
         if not bool(torch.stack([value.isfinite().all() for value in weights]).all()):
             raise RunError(
                 f"the weights are not finite after iteration {self.iteration}; lower training.lr, set "
                 "training.gradient_clip, or use --precision 32, with another --out. The last checkpoint is kept."
             )
-        loop.log.flush()
-        save_checkpoint(
-            self.run.last_checkpoint, {**self._state(loop), "generators": capture_rng(self.method.generator)}
-        )
+        if loop.log is not None:
+            loop.log.flush()
+            save_checkpoint(self.run.last_checkpoint, {**self._state(loop), "generators": generators})
 
     def _state(self, loop: _Loop) -> dict[str, Any]:
         return {
@@ -359,11 +362,10 @@ class Engine:
 
     def _load(self) -> dict[str, Any] | None:
         path = self.run.last_checkpoint
-        for leftover in path.parent.glob(".tmp-*"):
-            leftover.unlink(missing_ok=True)
-        if not path.is_file():  # it begins anew, also where somebody removed the checkpoint
-            for later in (self.run.best_checkpoint, *path.parent.glob("stage-*.ckpt")):
-                later.unlink(missing_ok=True)
+        if self.fabric.is_global_zero:
+            self.run.clear_leftovers()
+        self.fabric.barrier()
+        if not path.is_file():
             return None
         state = load_checkpoint(path, self.fabric.device)
         self.iteration = int(state["iteration"])

@@ -7,11 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-import torch.distributed
 from torch import Tensor, nn
 
 from scantly.errors import ConfigError
 from scantly.methods.base import Method, OptimizerSpec, Stage
+from scantly.ranks import any_rank, average_over_ranks, world_size
 from scantly.training.config import TrainingSection
 
 __all__ = ["TrainingHandles", "learning_rate"]
@@ -86,18 +86,17 @@ class TrainingHandles:
     def average_gradients(self, name: str = "main") -> None:
         """Average the gradients of one optimizer over the ranks.
 
-        What was averaged before stays as it is, so gradients may be added after it and averaged again.
+        What was averaged before stays as it is, so gradients may be added after it and averaged again. A parameter that
+        has a gradient on no rank has none afterwards, so that its optimizer leaves it alone, as in one process.
         """
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if world_size() == 1:
             return
-        world = torch.distributed.get_world_size()
-        if world == 1:
-            return
-        for parameter in self._parameters(name):
-            if parameter.grad is None:  # every rank must take part in every reduction
-                parameter.grad = torch.zeros_like(parameter)
-            torch.distributed.all_reduce(parameter.grad)
-            parameter.grad.div_(world)
+        parameters, gradients = self._parameters(name), []
+        for parameter, held in zip(parameters, any_rank(*(p.grad is not None for p in parameters)), strict=True):
+            if held:  # on any rank, and then every rank must take part
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                gradients.append(parameter.grad)
+        average_over_ranks(gradients)
 
     def update(self, name: str = "main") -> None:
         """Average, clip, step, clear."""

@@ -86,6 +86,15 @@ class Run:
         """The predictor's weights at the best validation."""
         return self.folder / "checkpoints" / "best.ckpt"
 
+    def clear_leftovers(self) -> None:
+        """Remove what a kill has left of checkpoints; without the last one the training begins anew, and none holds."""
+        folder = self.last_checkpoint.parent
+        for leftover in folder.glob(".tmp-*"):
+            leftover.unlink(missing_ok=True)
+        if not self.last_checkpoint.is_file():
+            for later in (self.best_checkpoint, *folder.glob("stage-*.ckpt")):
+                later.unlink(missing_ok=True)
+
     @property
     def finished(self) -> bool:
         """Whether the training has come to its end."""

@@ -20,6 +20,7 @@ from scantly.inference.settings import DEFAULT_INFERENCE, InferenceSettings
 from scantly.inference.windows import predict_array
 from scantly.methods.base import Method, Stage
 from scantly.methods.parts.modes import evaluation_mode
+from scantly.ranks import rank, world_size
 
 __all__ = ["StageSpan", "pseudo_label_folder", "relabel", "stage_spans"]
 
@@ -98,7 +99,7 @@ def relabel(
     folder: Path,
     inference: InferenceSettings = DEFAULT_INFERENCE,
 ) -> PseudoLabels:
-    """Predict the unlabeled pool, one case at a time, and write the label maps.
+    """Predict the unlabeled pool, one case at a time, each rank its share, and write the label maps.
 
     Beside each map on the prepared grid lies one on the scan's own grid, ``<case>.nii.gz``, to be looked at.
 
@@ -114,7 +115,7 @@ def relabel(
     written = PseudoLabels(folder)
     network = method.predictor
     with evaluation_mode(network):
-        for case in cases:
+        for case in cases[rank() :: world_size()]:
             image = store.read_image(case, _WHOLE)
             probs = predict_array(
                 network,

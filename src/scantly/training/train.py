@@ -9,21 +9,21 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.fabric import Fabric
 
 from scantly.data.build import build_store
 from scantly.data.dataset import Dataset
 from scantly.data.store import Store
-from scantly.errors import RunError
 from scantly.inference.predict import select_device
 from scantly.methods import catalogue
 from scantly.methods.base import Method, Task
+from scantly.networks import synchronize_batch_norm
 from scantly.settings import parse
 from scantly.training.config import RunConfig
 from scantly.training.cpu_bf16 import mend_convolutions
 from scantly.training.engine import Engine
 from scantly.training.environment import describe_environment
 from scantly.training.memory import check_memory
+from scantly.training.parallel import launched, rank_zero_first, same_weights
 from scantly.training.progress import ProgressLine
 from scantly.training.resolve import resolve
 from scantly.training.run import Run
@@ -119,9 +119,7 @@ def train_config(config: RunConfig, out: str | Path, *, resume: bool = False, qu
     run = Run(Path(out))
     settings = config.training
     device = select_device(settings.device)
-    fabric = Fabric(accelerator=device.type, devices=settings.devices, num_nodes=settings.nodes)
-    fabric.launch()
-    with run.locked() if fabric.is_global_zero else nullcontext():
+    with launched(settings, device.type) as fabric, run.locked() if fabric.is_global_zero else nullcontext():
         torch.manual_seed(settings.seed)
         method = build_method(config)  # before anything is written: it may refuse network or settings
         check_memory(config, fabric.device, method.stages())
@@ -129,16 +127,14 @@ def train_config(config: RunConfig, out: str | Path, *, resume: bool = False, qu
             environment = describe_environment(fabric.device, world_size=fabric.world_size)
             run.claim(config, environment, resume=resume)
         fabric.barrier()
-        if fabric.world_size > 1 and run.last_checkpoint.is_file() and not run.finished:
-            raise RunError(
-                f"{run.folder} cannot be resumed on {fabric.world_size} devices: the checkpoint holds the random "
-                "generators of one; train it anew in another --out."
-            )
         if run.finished:
             _LOGGER.info("%s is finished already; nothing to train", run.folder)
             return run
-        with fabric.rank_zero_first():
+        with rank_zero_first("preparation"):
             store = prepare_store(config, quiet=quiet or not fabric.is_global_zero)
+        if fabric.world_size > 1:
+            same_weights(method)
+            synchronize_batch_norm(method)
         method.to(fabric.device)
         if config.training.channels_last and config.plan.spatial_dims == 2:
             method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]

@@ -18,6 +18,7 @@ from scantly.inference.original import label_on_original_grid
 from scantly.inference.settings import DEFAULT_INFERENCE, InferenceSettings
 from scantly.inference.windows import predict_array
 from scantly.methods.parts.modes import evaluation_mode
+from scantly.ranks import rank, sum_over_ranks, world_size
 
 __all__ = ["validate"]
 
@@ -36,7 +37,7 @@ def validate(
     """Mean Dice over validation cases, per class and over classes, on each scan's original grid.
 
     Draws nothing at random and leaves the network in the mode it was in. Cases in which a class is neither
-    present nor predicted do not count for that class.
+    present nor predicted do not count for that class. The cases are shared among the ranks; all get the same values.
 
     Args:
         network: The method's predictor.
@@ -52,9 +53,10 @@ def validate(
         ``{"val/dice": ..., "val/dice/<class>": ...}`` in [0, 1]; a class that is in no case is left out,
         and ``val/dice`` is NaN if none is in any.
     """
-    rows = []
+    table = np.zeros((len(cases), len(dataset.classes) - 1))
     with evaluation_mode(network):
-        for case in cases:
+        for index in range(rank(), len(cases), world_size()):
+            case = cases[index]
             image = store.read_image(case, (slice(None), slice(None), slice(None)))
             with autocast:
                 probs = predict_array(
@@ -67,8 +69,8 @@ def validate(
                 )
             record, largest = store.record(case), inference.largest_component
             labels = label_on_original_grid(probs, record, plan, largest_component=largest)
-            rows.append(dice_per_class(labels, dataset.read_label(case).array, len(dataset.classes)))
-    table = np.asarray(rows)
+            table[index] = dice_per_class(labels, dataset.read_label(case).array, len(dataset.classes))
+    table = sum_over_ranks(torch.from_numpy(table)).numpy()
     counted = (~np.isnan(table)).any(axis=0)
     means = np.full(table.shape[1], np.nan)
     means[counted] = np.nanmean(table[:, counted], axis=0)

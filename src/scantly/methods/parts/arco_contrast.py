@@ -22,6 +22,7 @@ from scantly.methods.parts.arco_sets import (
 )
 from scantly.methods.parts.memory_bank import MemoryBank
 from scantly.methods.parts.samplers import Ordering, SamplerKind, draw_ranks, grid_order, sample
+from scantly.ranks import sum_over_ranks
 
 __all__ = ["ContrastConfig", "Seen", "VoxelContrast"]
 
@@ -99,6 +100,10 @@ class VoxelContrast(nn.Module):
     of classes with valid voxels). Anchors and negatives are drawn by the same sampler. With fewer than two classes
     the term is 0.
 
+    In a training of several ranks the means of the classes, the quantiles of the entropy and the classes that take part
+    are those of all ranks' images; every rank draws anchors, and negatives where there is no bank, from its own images,
+    and a class's anchors on a rank that lacks either count nowhere. The term is that of all ranks' draws together.
+
     Args:
         config: Settings.
         task: What is segmented.
@@ -148,14 +153,14 @@ class VoxelContrast(nn.Module):
             if config.ordering == "grid":
                 order = grid_order(len(seen.labels), seen.labels.shape[1:], config.groups_per_axis, seen.labels.device)
             drawn, anchors = sample(config.sampler, sets.anchors, config.anchors, self.groups, generator, order=order)
-            counts = sets.valid.sum(1)
+            counts = sum_over_ranks(sets.valid.sum(1))
             with torch.autocast(rows.device.type, enabled=False):
-                prototypes = unit(sets.valid.float() @ rows / counts.clamp(min=1)[:, None])
+                prototypes = unit(sum_over_ranks(sets.valid.float() @ rows) / counts.clamp(min=1)[:, None])
             tables, places, negatives = self._negatives(
                 seen, sets, uncertain, unit(rows, in_place=True), order=order, generator=generator
             )
         features = features_at(drawn.flatten()).view(*drawn.shape, -1)
-        active = (anchors > 0) & (negatives > 0) & ((counts > 0).sum() >= 2)
+        drawn_here = (anchors > 0) & (negatives > 0) & ((counts > 0).sum() >= 2)
         terms, positive, negative = [], [], []
         for row, table, place, prototype in zip(features, tables, places, prototypes, strict=True):
             near = cosine_similarities(row, prototype[None])[:, 0]
@@ -163,14 +168,18 @@ class VoxelContrast(nn.Module):
             terms.append(info_nce(near, far, temperature=config.temperature))
             positive.append(near.detach().mean())
             negative.append(far.detach().mean())
+        ranks = sum_over_ranks(drawn_here.long())  # that have drawn, equally many anchors each, of each class
+        active = ranks > 0
+        per_class = sum_over_ranks(torch.where(drawn_here, torch.stack(terms), 0)) / ranks.clamp(min=1)
         watched = {
             "contrast_classes": active.sum(),
-            "positive_similarity": _mean(positive, active),
-            "negative_similarity": _mean(negative, active),
+            "positive_similarity": _mean(positive, drawn_here),
+            "negative_similarity": _mean(negative, drawn_here),
             "anchors": anchors,
             "negatives": negatives,
         }
-        return _mean(terms, active), watched
+        # 0 without any class, connected to the graph all the same
+        return per_class.sum() / active.sum().clamp(min=1), watched
 
     def _sets(self, seen: Seen, share: float) -> tuple[VoxelSets, Tensor]:
         """The classes' voxels, and which voxels are of high entropy."""
@@ -231,5 +240,5 @@ def _check_ranks(low: int, high: int, classes: int) -> None:
 
 
 def _mean(values: list[Tensor], active: Tensor) -> Tensor:
-    """Mean over the active classes; 0 without any, connected to the graph all the same."""
+    """Mean over the active classes; 0 without any."""
     return torch.where(active, torch.stack(values), 0).sum() / active.sum().clamp(min=1)

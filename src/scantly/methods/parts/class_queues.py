@@ -46,14 +46,17 @@ class ClassQueues(nn.Module):
 
     @torch.no_grad()
     def push(self, labels: Sequence[int], rows: Tensor) -> None:
-        """Append to several classes, equally many to each, ``(len(labels) * n, width)``, class by class."""
+        """Append to several classes, equally many to each, ``(len(labels) * n, width)``, class by class.
+
+        Where there are several ranks each of them must be given the same.
+        """
         for label, embedded in zip(labels, rows.chunk(len(labels)), strict=True):
             bank, new = self[label], embedded[-self.capacity :].float()
             old, came = bank.values[bank.next_slots(len(new))].double(), new.double()
             self.sums[label] += came.sum(0) - old.sum(0)
             with torch.autocast(new.device.type, enabled=False):
                 self.moments[label] += came.T @ came - old.T @ old
-            bank.push(new)
+            bank.append(new)
 
     def statistics(self, labels: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Of each of G classes the mean, not normalized, and the biased covariance (division by n).

@@ -19,9 +19,17 @@ from scantly.methods.parts.batch_norm import without_statistics
 from scantly.methods.parts.class_queues import ClassQueues
 from scantly.methods.parts.ema import Buffers, make_teacher, update_teacher
 from scantly.methods.parts.patch_views import augment, box_means, crop, resample, select
-from scantly.methods.parts.patches import Boxes, HostCopy, class_boxes, filter_coverage, fitting_patch
+from scantly.methods.parts.patches import (
+    Boxes,
+    HostCopy,
+    class_boxes,
+    filter_coverage,
+    fitting_patch,
+    next_thresholds,
+)
 from scantly.networks import EncoderDecoder
 from scantly.networks.heads import pointwise_head
+from scantly.ranks import mean_of_rows, rows_of_all_ranks, world_size
 
 __all__ = ["Guide", "PatchContrast", "PatchContrastConfig"]
 
@@ -103,6 +111,10 @@ class PatchContrast(nn.Module):
     ``sampling_metric="cosine"``: at most ``patch_budget``), and leave their batch-norm statistics, those of evaluation
     mode, to whole images.
 
+    In a training of several ranks each cuts and selects patches of its own images, ``patch_budget`` of them, and a
+    class is present that any rank has; it is compared with the same queues, into which all ranks' embeddings go. How
+    many patches there are decides on passes and shapes, so the ranks tell each other, and the host waits for that.
+
     Args:
         task: What is to be segmented.
         network: Of the kind of student and teacher.
@@ -160,8 +172,10 @@ class PatchContrast(nn.Module):
                 boxes = self._selected(boxes, number, teacher, guide, generator)
             patches = crop(guide.images, guide.labels, boxes)
             with torch.no_grad():
-                views = augment(patches[resample(boxes.counts, number, generator=generator)], generator=generator)
-                self.queues.push(boxes.present, embed(teacher, self.teacher_head, views))
+                views = patches  # without any there is none
+                if len(patches):
+                    views = augment(patches[resample(boxes.counts, number, generator=generator)], generator=generator)
+                self._store(embed(teacher, self.teacher_head, views), boxes, number)
         for name, count in zip(self.classes, boxes.counts, strict=True):
             self.log(f"patches/{name}", torch.tensor(count))
         self.contrast_empty += 1 if classes < 2 else 0
@@ -171,6 +185,19 @@ class PatchContrast(nn.Module):
             return torch.stack([parameter.sum() for parameter in self.head.parameters()]).sum() * 0
         return self._compare(embed(student, self.head, patches), boxes, joint=guide.joint)
 
+    def _store(self, embedded: Tensor, boxes: Boxes, number: int) -> None:
+        """Put ``number`` embeddings of each class that this rank has into the queues, and those of the other ranks."""
+        present = boxes.present
+        if world_size() == 1:
+            self.queues.push(present, embedded)
+            return
+        own = iter(torch.split(embedded, number))
+        rows = [next(own) if boxes.counts[label] else embedded.new_zeros(number, EMBEDDING) for label in present]
+        of_ranks = rows_of_all_ranks(torch.stack(rows)[None])
+        for index, label in enumerate(present):
+            found = [rows[index] for rows, counts in zip(of_ranks, boxes.of_ranks, strict=True) if counts[label]]
+            self.queues.push([label], torch.cat(found))
+
     def update_teacher(self, decay: float) -> None:
         """The moving average of the head."""
         update_teacher(self.teacher_head, self.head, decay, buffers=self.buffers_of_teacher)
@@ -179,9 +206,17 @@ class PatchContrast(nn.Module):
         """Candidates: all patches, or in the joint stage those that pass the coverage filter."""
         labels, thresholds, updates = copy.wait()
         boxes, coverage = class_boxes(labels, len(self.classes), self.side)
-        if guide.joint and self.config.coverage_filter != "off":
-            published = self.config.coverage_filter == "published"
+        before, filters = boxes.counts, guide.joint and self.config.coverage_filter != "off"
+        published = self.config.coverage_filter == "published"
+        if filters:
             boxes, following = filter_coverage(boxes, coverage, thresholds, int(updates), published=published)
+        if world_size() > 1:
+            counts = rows_of_all_ranks(torch.tensor([[before, boxes.counts]], device=guide.labels.device)).tolist()
+            boxes = dataclasses.replace(boxes, of_ranks=tuple(tuple(kept) for _, kept in counts))
+            if filters:
+                found, kept = ([sum(each) for each in zip(*rows, strict=True)] for rows in zip(*counts, strict=True))
+                following = next_thresholds(thresholds, found, kept, int(updates), published=published)
+        if filters:
             self.coverage.copy_(torch.tensor(following), non_blocking=True)
             self.coverage_updates += 1
         return boxes.to(guide.labels.device)
@@ -197,8 +232,8 @@ class PatchContrast(nn.Module):
         selected = boxes.take(index, counts)
         unlabeled = (boxes.image >= guide.labeled).sum().clamp(min=1)
         self.log("accepted_unlabeled_patches", (selected.image >= guide.labeled).sum() / unlabeled)
-        self.log("score_of_patches", scores.mean())
-        self.log("score_of_accepted_patches", scores[index].mean())
+        self.log("score_of_patches", mean_of_rows(scores))
+        self.log("score_of_accepted_patches", mean_of_rows(scores[index]))
         return selected
 
     def _scores(self, boxes: Boxes, teacher: EncoderDecoder, guide: Guide, generator: torch.Generator) -> Tensor:
@@ -221,12 +256,14 @@ class PatchContrast(nn.Module):
         There may be thousands of candidates, so no pass of the teacher has more than ``patch_budget`` (3 where that
         is 2). Batch norm needs two patches at least, and such that stand for all of them: the passes are of equal
         size but for one patch, and each takes every so-many-th candidate, so that none is of one class alone. A
-        single candidate cannot be embedded, is taken anyway, and has 0.5, as with an empty queue.
+        single candidate cannot be embedded, is taken anyway, and has 0.5, as with an empty queue. Where there are
+        several ranks they all make as many passes.
         """
-        if len(boxes.label) == 1:
-            return torch.full((1,), 0.5, device=boxes.label.device)
+        candidates = [sum(counts) for counts in boxes.of_ranks or (boxes.counts,)]
+        if sum(candidates) == 1:
+            return torch.full((len(boxes.label),), 0.5, device=boxes.label.device)
         means = F.normalize(self.queues.statistics(range(len(self.classes)))[0], dim=1)
-        passes = math.ceil(len(boxes.label) / max(self.config.patch_budget, 3))
+        passes = math.ceil(max(candidates) / max(self.config.patch_budget, 3))
         scores = means.new_empty(len(boxes.label))
         for rows in (slice(first, None, passes) for first in range(passes)):
             part = dataclasses.replace(boxes, label=boxes.label[rows], image=boxes.image[rows], start=boxes.start[rows])
@@ -258,8 +295,9 @@ class PatchContrast(nn.Module):
     def _log_similarity(self, anchors: Tensor, groups: Tensor, means: Tensor) -> None:
         similarity = anchors @ means.T
         own = similarity.gather(1, groups[:, None])
-        self.log("positive_similarity", own.mean())
-        self.log("negative_similarity", (similarity.sum() - own.sum()) / (similarity.numel() - own.numel()))
+        others = max(similarity.numel() - own.numel(), 1)
+        self.log("positive_similarity", mean_of_rows(own))
+        self.log("negative_similarity", (similarity.sum() - own.sum()) / others)
 
 
 def embed(network: EncoderDecoder, head: nn.Module, patches: Tensor) -> Tensor:

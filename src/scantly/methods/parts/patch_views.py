@@ -52,7 +52,7 @@ def crop(images: Tensor, labels: Tensor, boxes: Boxes) -> Tensor:
     axes = len(boxes.sides)
 
     def along(values: Tensor, axis: int) -> Tensor:  # (M, n) -> (M, 1, .., n, .., 1)
-        return values.view(len(values), *[-1 if axis == other else 1 for other in range(axes)])
+        return values.view(len(values), *[values.shape[1] if axis == other else 1 for other in range(axes)])
 
     places = [
         along(boxes.start[:, axis, None] + torch.arange(side, device=images.device), axis)

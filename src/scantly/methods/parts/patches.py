@@ -22,7 +22,16 @@ from torch import Tensor
 
 from scantly.errors import ConfigError, times
 
-__all__ = ["Boxes", "HostCopy", "class_boxes", "filter_coverage", "fitting_patch", "suppress", "tile_starts"]
+__all__ = [
+    "Boxes",
+    "HostCopy",
+    "class_boxes",
+    "filter_coverage",
+    "fitting_patch",
+    "next_thresholds",
+    "suppress",
+    "tile_starts",
+]
 
 _LEAST_BOX = 10  # bounding boxes of no more voxels are noise
 _LARGEST_OVERLAP = 0.8
@@ -64,6 +73,7 @@ class Boxes:
         start: First voxel along each axis, ``(M, axes)``, int64.
         sides: Sides of all patches, voxels.
         counts: Patches of each class, known to the host; classes without any are 0.
+        of_ranks: The same of every rank, where there are several, before any selection.
     """
 
     label: Tensor
@@ -71,20 +81,22 @@ class Boxes:
     start: Tensor
     sides: tuple[int, ...]
     counts: tuple[int, ...]
+    of_ranks: tuple[tuple[int, ...], ...] = ()
 
     @property
     def present(self) -> list[int]:
-        """Classes that have a patch."""
-        return [label for label, count in enumerate(self.counts) if count]
+        """Classes that have a patch, on any rank."""
+        ranks = self.of_ranks or (self.counts,)
+        return [label for label in range(len(self.counts)) if any(counts[label] for counts in ranks)]
 
     def take(self, index: Tensor, counts: Sequence[int]) -> Boxes:
         """Those of ``index`` ``(n,)``, class by class, of which there are ``counts``."""
-        return Boxes(self.label[index], self.image[index], self.start[index], self.sides, tuple(counts))
+        return Boxes(self.label[index], self.image[index], self.start[index], self.sides, tuple(counts), self.of_ranks)
 
     def to(self, device: torch.device) -> Boxes:
         """The same on a device, without waiting for it."""
         table = torch.cat([self.label[:, None], self.image[:, None], self.start], 1).to(device, non_blocking=True)
-        return Boxes(table[:, 0], table[:, 1], table[:, 2:], self.sides, self.counts)
+        return Boxes(table[:, 0], table[:, 1], table[:, 2:], self.sides, self.counts, self.of_ranks)
 
 
 def tile_starts(start: int, length: int, side: int, size: int) -> list[int]:
@@ -204,9 +216,6 @@ def filter_coverage(
 ) -> tuple[Boxes, list[float]]:
     """Drop patches with few voxels of their class, by a threshold per class that adapts.
 
-    The threshold ``t`` becomes ``clip(t - a (0.8 num - kept), 0, 1)`` when ``kept`` of a class's ``num`` patches
-    remain; ``a`` is 0.01 at first and 0.01 / n at the n-th later update. So four in five remain in the long run.
-
     Args:
         boxes: Candidates, on the host.
         coverage: Share of voxels of its class in each, ``(M,)``.
@@ -216,17 +225,35 @@ def filter_coverage(
             the other way; its documentation says that patches above it qualify.
 
     Returns:
-        The patches that remain, and the next thresholds.
+        The patches that remain, and the next thresholds, by these patches alone: see :func:`next_thresholds`.
     """
     limit = torch.from_numpy(thresholds)[boxes.label]
     keep = torch.from_numpy(coverage <= limit.numpy() if published else coverage >= limit.numpy())
     kept = [int(part.sum()) for part in torch.split(keep, list(boxes.counts))]
-    step = (1 if published else -1) * _COVERAGE_STEP / max(updates, 1)
-    following = [
-        min(max(float(t) + step * (_TARGET_KEPT * count - left), 0.0), 1.0)
-        for t, count, left in zip(thresholds, boxes.counts, kept, strict=True)
-    ]
+    following = next_thresholds(thresholds, boxes.counts, kept, updates, published=published)
     return boxes.take(keep.nonzero()[:, 0], kept), following
+
+
+def next_thresholds(
+    thresholds: Floats, counts: Sequence[int], kept: Sequence[int], updates: int, *, published: bool
+) -> list[float]:
+    """The coverage thresholds after a step.
+
+    ``t`` becomes ``clip(t - a (0.8 num - kept), 0, 1)`` when ``kept`` of a class's ``num`` patches remain; ``a`` is
+    0.01 at first and 0.01 / n at the n-th later update. So four in five remain in the long run.
+
+    Args:
+        thresholds: ``t`` per class, ``(classes,)``.
+        counts: Patches of each class.
+        kept: Those that remain.
+        updates: Number of updates before.
+        published: The other way round, as the released code.
+    """
+    step = (1 if published else -1) * _COVERAGE_STEP / max(updates, 1)
+    return [
+        min(max(float(t) + step * (_TARGET_KEPT * count - left), 0.0), 1.0)
+        for t, count, left in zip(thresholds, counts, kept, strict=True)
+    ]
 
 
 def fitting_patch(size: int | None, image: Sequence[int], factors: Sequence[int], *, one_voxel: bool) -> int:

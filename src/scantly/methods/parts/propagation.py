@@ -50,8 +50,10 @@ class PropagationConfig(MethodConfig):
 class LabelPropagation(nn.Module):
     """Embeddings of voxels, the bank of labeled ones, and the loss on unlabeled ones.
 
-    The banks are per rank. They are filled after the loss, with features from before the step and the head from
-    after it. Nothing here waits for the device.
+    The banks are filled after the loss, with features from before the step and the head from after it. Nothing here
+    waits for the device. Of several ranks each draws anchors from the same banks and candidates from its own images,
+    of which it ranks its own; the loss is the mean of theirs. What each draws of its labeled voxels, up to ``pushed``
+    of a class, goes into the banks of all.
 
     Args:
         config: Settings.
