@@ -16,6 +16,7 @@ import argparse
 import itertools
 import statistics
 import time
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,25 +78,25 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
         folder = folder_of(arguments, method, labeled, seed)
         if not (folder / "evaluation" / "val.json").is_file():
             continue
-        summary = Run.open(folder).summary("val")
-        overall, classes = summary["overall"], summary["classes"]
-        figures = {}
-        for metric, short in METRICS.items():
-            figures[short] = overall[metric]["mean"]
-            figures |= {f"{short} {name}": row[metric]["mean"] for name, row in classes.items()}
-        rows.append(
-            {
-                "method": method,
-                "labeled": labeled,
-                "seed": seed,
-                **figures,
-                "missed": overall["missed"],
-                "spurious": overall["spurious"],
-                **read_json(folder / "spent.json"),
-            }
-        )
+        names = {"method": method, "labeled": labeled, "seed": seed}
+        rows.append({**names, **figures_of(Run.open(folder).summary("val")), **read_json(folder / "spent.json")})
+    return {"cells": rows, "over_seeds": means_over_seeds(rows, arguments.labeled, arguments.methods)}
+
+
+def figures_of(summary: Mapping[str, Any]) -> dict[str, Any]:
+    """What the table has of one evaluation."""
+    overall, classes = summary["overall"], summary["classes"]
+    figures = {}
+    for metric, short in METRICS.items():
+        figures[short] = overall[metric]["mean"]
+        figures |= {f"{short} {name}": row[metric]["mean"] for name, row in classes.items()}
+    return {**figures, "missed": overall["missed"], "spurious": overall["spurious"]}
+
+
+def means_over_seeds(rows: list[dict[str, Any]], counts: Iterable[str], methods: Iterable[str]) -> list[dict[str, Any]]:
+    """One row per labeled count and method, in their order."""
     over_seeds = []
-    for labeled, method in itertools.product(arguments.labeled, arguments.methods):
+    for labeled, method in itertools.product(counts, methods):
         found = [row for row in rows if (row["method"], row["labeled"]) == (method, labeled)]
         if found:
             mean = {
@@ -107,7 +108,7 @@ def collect(arguments: argparse.Namespace) -> dict[str, Any]:
             over_seeds.append(
                 {"method": method, "labeled": labeled, "seeds": len(found), **mean, "std of dice over seeds": spread}
             )
-    return {"cells": rows, "over_seeds": over_seeds}
+    return over_seeds
 
 
 def main() -> None:
