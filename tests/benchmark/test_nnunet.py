@@ -96,6 +96,7 @@ def test_it_is_asked_for_the_labeled_cases_alone_and_reads_as_a_run(cohort: Path
     assert run.summary("test")["overall"]["dice"]["mean"] == pytest.approx(1.0)  # it "predicted" the reference
     assert run.timing()[0] > 0
     assert cost["model_bytes"] == len(b"weights")
+    assert cost["parameters"] is None
 
 
 def test_what_is_done_is_not_done_again(cohort: Path, noted: Path, tmp_path: Path) -> None:

@@ -109,8 +109,8 @@ def train_nnunet(folder: Path, config: RunConfig, split: str, *, device: str) ->
     return {
         "seconds": round(spent, 1),
         "seconds_per_iteration": spent / (count * _ITERATIONS),
-        "parameters": 0,
-        "predicting": 0,
+        "parameters": None,  # only its pickled checkpoint knows
+        "predicting": None,
         "model_bytes": (trained / "checkpoint_final.pth").stat().st_size,
     }
 

@@ -41,6 +41,7 @@ _ATTEMPTS = 3
 #: For a worker of an earlier start to end; a file server gives up the lock of a lost machine after 90 seconds.
 _BUSY_SECONDS = 120.0
 _LISTEN_SECONDS = 10.0
+_WHO = (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)
 #: glibc's variables for what ``scantly.cli.allocator`` sets in a process of the command line, and why not to set them.
 _KEEP_FREED_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 30), "MALLOC_TRIM_THRESHOLD_": str(1 << 30)}
 _USERS_ALLOCATOR = ("GLIBC_TUNABLES", "LD_PRELOAD", *_KEEP_FREED_MEMORY)
@@ -83,10 +84,11 @@ class Outcome:
         kind: Of a failure: ``user`` (can be mended), ``fault`` (ours), ``lost`` (the process was killed),
             ``disk`` (full).
         attempts: One entry per start that told its end: ``host``, ``device``, ``began`` (iteration it went on from),
-            ``seconds``, ``cpu_seconds``, ``peak_bytes`` (of memory, on a GPU of its memory); of one that was killed
-            ``host`` and ``lost`` (the signal).
+            ``seconds``, ``cpu_seconds`` (nnU-Net's processes included), ``peak_bytes`` (of memory, on a GPU of its
+            memory, of nnU-Net that of its largest process); of one that was killed ``host`` and ``lost`` (the signal).
         cost: ``seconds`` (training, all attempts, and evaluation), ``seconds_per_iteration``, ``parameters`` (of all
-            networks in training), ``predicting`` (of the one that predicts), ``model_bytes``.
+            networks in training) and ``predicting`` (of the one that predicts), ``None`` where unknown,
+            ``model_bytes``.
     """
 
     name: str
@@ -190,7 +192,7 @@ def run_job(job: Job) -> Outcome:
     """Train from the last checkpoint, or from the start, then evaluate; errors become the outcome."""
     from scantly.training.engine import RunInterruptedError
 
-    begun, worked = time.monotonic(), time.process_time()
+    begun, worked = time.monotonic(), _cpu_seconds()
     attempt: dict[str, Any] = {"host": platform.node()}
     state: State = "failed"
     reason = ""
@@ -206,7 +208,7 @@ def run_job(job: Job) -> Outcome:
         reason, kind = _reason(error)
     attempt |= {
         "seconds": round(time.monotonic() - begun, 1),
-        "cpu_seconds": round(time.process_time() - worked, 1),
+        "cpu_seconds": round(_cpu_seconds() - worked, 1),
         "peak_bytes": _peak_memory(),
     }
     return Outcome(job.name, state, reason, kind, (attempt,), cost)
@@ -309,12 +311,18 @@ def _wait_for_the_lock(run: Any) -> None:
 
 
 def _peak_memory() -> int:
-    """Bytes: of the GPU where one was used, else of the process."""
+    """Bytes: of the GPU where this process used one, else of this process, or of the largest that it has waited for."""
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         return int(torch.cuda.max_memory_allocated())
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    return max(resource.getrusage(who).ru_maxrss for who in _WHO) * unit
+
+
+def _cpu_seconds() -> float:
+    """Of this process and those that it has waited for."""
+    used = [resource.getrusage(who) for who in _WHO]
+    return sum(each.ru_utime + each.ru_stime for each in used)
 
 
 def _stop_with_the_parent(signals: int) -> None:

@@ -103,8 +103,7 @@ def _costs(grid: Grid, section: Section) -> list[dict[str, str]]:
                 "seconds": f"{statistics.fmean(cost['seconds_per_iteration'] for cost in costs):.3g}",
                 "total": duration(statistics.fmean(cost["seconds"] for cost in costs)),
                 "memory": f"{max(peak for _, peak in found) / 1e9:.2f}",
-                "parameters": f"{costs[0]['parameters']:,}",
-                "predicting": f"{costs[0]['predicting']:,}",
+                **{key: "–" if costs[0][key] is None else f"{costs[0][key]:,}" for key in ("parameters", "predicting")},
                 "runs": str(len(found)),
             }
         )
