@@ -133,11 +133,11 @@ def test_a_killed_rank_ends_the_other_with_a_reason(cohort, tiny, tmp_path):
     config = configuration(cohort, tiny, tmp_path, "supervised")
     statuses, sentences = train_on_two(config, tmp_path / "run", {(1, 5): "kill"})
     assert statuses == [2, -signal.SIGKILL]
-    assert "another process of this training ended without a word" in sentences[0]
+    assert "another of the 2 processes of this training ended without a word" in sentences[0]
     assert "--resume" in sentences[0]
     statuses, sentences = train_on_two(config, tmp_path / "run", {(0, 8): "kill"})
     assert statuses == [-signal.SIGKILL, 2]
-    assert "another process of this training ended without a word" in sentences[1]
+    assert "another of the 2 processes of this training ended without a word" in sentences[1]
 
 
 def test_a_fault_of_one_rank_is_told_by_that_one_alone(cohort, tiny, tmp_path):
@@ -224,7 +224,7 @@ def test_torchrun_and_the_command_alone_train_the_same(cohort, tmp_path):
     one = command(by_torchrun(*words[:-4], *words[-4:], "--out", tmp_path / "one"))
     assert one.returncode == 0, one.stderr
     assert one.stdout.count("trained mean_teacher, 6 iterations") == 1
-    assert one.stderr.count("stage") <= 1
+    assert "distributed" not in one.stderr
     other = command([sys.executable, "-m", "scantly", *map(str, words), "--out", str(tmp_path / "other")])
     assert other.returncode == 0, other.stderr
     assert other.stdout.count("trained mean_teacher, 6 iterations") == 1

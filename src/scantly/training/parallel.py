@@ -55,7 +55,7 @@ def launched(settings: TrainingSection, accelerator: str) -> Iterator[Fabric]:
     # one group with both: generators and decisions are exchanged on the CPU, gradients where they are
     backend = "cpu:gloo,cuda:nccl" if accelerator == "cuda" else "gloo"
     strategy = DDPStrategy(process_group_backend=backend, timeout=_PATIENCE)
-    for speaker in ("lightning.fabric", "lightning.fabric.utilities.rank_zero", "lightning_utilities.core.rank_zero"):
+    for speaker in ("lightning.fabric", *(f"lightning.{part}.utilities.rank_zero" for part in ("fabric", "pytorch"))):
         logging.getLogger(speaker).setLevel(logging.WARNING)  # they greet
     try:
         fabric = Fabric(accelerator=accelerator, devices=settings.devices, num_nodes=settings.nodes, strategy=strategy)
@@ -133,11 +133,10 @@ def ending_together() -> Iterator[None]:
                 f"rank {rank()} ended because another process of the training did; that one says why."
             ) from error
         if _lost(error):
-            reason = str(error).splitlines()[0]
             raise RunError(
-                f"another process of this training ended without a word (rank {rank()} of {world_size()} got: "
-                f"{reason}); it may have been killed, for instance for its memory. Checkpoints are whole: continue "
-                "with --resume."
+                f"another of the {world_size()} processes of this training ended without a word, as rank {rank()} "
+                "noticed; it may have been killed, for instance for its memory. Checkpoints are whole: continue with "
+                "--resume."
             ) from error
         raise
 
