@@ -54,6 +54,7 @@ def cluster(packages: Path) -> Iterator[Any]:
 def started(kind: Any, folder: str) -> Any:
     """The cluster. Ray gives a node 30 seconds to start, which a busy machine may exceed: three tries."""
     small = {"num_gpus": 0, "object_store_memory": 80 * 2**20}
+    Path("/tmp/ray").mkdir(exist_ok=True)  # Cluster writes its address there, wherever its own folder is
     for last in (False, False, True):
         cluster = kind()
         try:
