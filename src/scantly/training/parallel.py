@@ -26,6 +26,7 @@ _LOGGER = logging.getLogger("scantly")
 #: How long a process waits for the others within an iteration. One that dies is noticed at once.
 _PATIENCE = timedelta(minutes=30)
 _PREFIX = "scantly"
+_ENDED = f"{_PREFIX}/ended"
 
 
 @contextmanager
@@ -111,6 +112,8 @@ def rank_zero_first(what: str) -> Iterator[None]:
         _store().set(key, "done")
         return
     while not _store().check([key]):
+        if _store().check([_ENDED]):
+            raise RunError(f"there is no {what}, since another process of the training has ended.")
         time.sleep(0.2)
     yield
 
@@ -128,7 +131,13 @@ def ending_together() -> Iterator[None]:
     except Exception as error:
         if world_size() == 1:
             raise
-        if not _is_first():
+        first = _is_first()
+        if first is None and rank() == 1:
+            raise RunError(
+                "the first process of this training has ended; if it does not say why itself it was killed, for "
+                "instance for its memory. Checkpoints are whole: continue with --resume."
+            ) from error
+        if not first:
             raise PeerError(
                 f"rank {rank()} ended because another process of the training did; that one says why."
             ) from error
@@ -141,11 +150,12 @@ def ending_together() -> Iterator[None]:
         raise
 
 
-def _is_first() -> bool:
+def _is_first() -> bool | None:
+    """Whether no process has ended before; ``None``: unknown, since rank 0, which keeps the notes, is gone."""
     try:
-        return int(_store().add(f"{_PREFIX}/ended", 1)) == 1
-    except RuntimeError:  # the process that keeps the notes is gone, and that is rank 0 or torchrun itself
-        return rank() == 1
+        return int(_store().add(_ENDED, 1)) == 1
+    except RuntimeError:
+        return None
 
 
 def _lost(error: BaseException) -> bool:
