@@ -12,7 +12,7 @@ import yaml
 from cli_helpers import contents
 
 from scantly.benchmark import run as run_module
-from scantly.benchmark.work import Job, Outcome, run_job
+from scantly.benchmark.work import Job, Kind, Outcome, run_job
 from scantly.files import write_json
 
 SETTINGS = {
@@ -41,13 +41,13 @@ class Pretending:
 
     processes = 1
 
-    def __init__(self, *failing: str) -> None:
-        self._failing = failing
+    def __init__(self, *failing: str, kind: Kind = "user") -> None:
+        self._failing, self._kind = failing, kind
 
     def run(self, jobs: list[Job]):
         for job in jobs:
             if job.name in self._failing:
-                yield Outcome(job.name, "failed", "it is broken.", "user")
+                yield Outcome(job.name, "failed", "it is broken.", self._kind)
                 continue
             write_json(Path(job.folder) / "evaluation" / f"{job.split}.json", {})
             yield Outcome(job.name, "done", cost={"seconds": 3600.0})
@@ -57,8 +57,8 @@ class Pretending:
 def pretending(monkeypatch: pytest.MonkeyPatch):
     """Have no cell trained; names of cells that fail."""
 
-    def use(*failing: str) -> None:
-        monkeypatch.setattr(run_module, "LocalPool", lambda processes: Pretending(*failing))
+    def use(*failing: str, kind: Kind = "user") -> None:
+        monkeypatch.setattr(run_module, "LocalPool", lambda processes: Pretending(*failing, kind=kind))
         monkeypatch.setattr("scantly.report.benchmark_page.benchmark_report", lambda grid: grid.folder / "report.html")
 
     return use
@@ -146,13 +146,16 @@ def test_what_came_of_the_cells(scantly, spec, tmp_path: Path, pretending) -> No
     broken = "discs/mean_teacher-2-seed2"
     pretending(broken)
     outcome = scantly("benchmark", path, "--out", out)
-    assert outcome.status == 0, outcome.err
+    assert outcome.status == 2
     assert "3 of 4 cells are done, 1 failed, 0 are open" in outcome.out
     assert f"  {broken}: it is broken." in outcome.out
-    assert "--retry-failed" in outcome.out
+    assert f"report: {out / 'report.html'}" in outcome.out
+    said = "scantly: 1 of 4 cells failed; when the cause is mended, --retry-failed does them again."
+    assert outcome.err.splitlines()[-1] == said
 
     pretending()
     outcome = scantly("benchmark", path, "--out", out)
+    assert outcome.status == 2
     assert "3 of 4 cells are done, 1 failed" in outcome.out
     dry = scantly("benchmark", path, "--out", out, "--dry-run", "--retry-failed")
     assert "4 cells, 1 of them open" in dry.out
@@ -162,6 +165,15 @@ def test_what_came_of_the_cells(scantly, spec, tmp_path: Path, pretending) -> No
     assert outcome.status == 0
     assert "4 of 4 cells are done, 0 failed, 0 are open" in outcome.out
     assert f"report: {out / 'report.html'}" in outcome.out
+
+
+def test_a_cell_that_fails_for_a_fault_of_ours_ends_with_status_1(scantly, spec, tmp_path: Path, pretending) -> None:
+    pretending("discs/mean_teacher-2-seed2", kind="fault")
+    outcome = scantly("benchmark", spec(planned=False, upper_bound=False), "--out", tmp_path / "out")
+    assert outcome.status == 1
+    assert "1 of 4 cells failed; when the cause is mended, --retry-failed does them again." in outcome.err
+    assert "Traceback" not in outcome.err
+    assert "report: " in outcome.out
 
 
 def test_a_small_benchmark_from_file_to_report(scantly, spec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

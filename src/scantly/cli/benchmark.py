@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
-from scantly.cli.output import say, say_table
+from scantly.cli.output import say, say_table, warn
 
 if TYPE_CHECKING:
     from scantly.benchmark.cells import Cell
@@ -58,7 +58,8 @@ def benchmark(
     """Train and evaluate a grid of methods, labeled counts and seeds; then write a report.
 
     A cell is done once. However it was stopped, the same command goes on: with the cells that are open, and inside a
-    cell from its last checkpoint. A cell that fails is recorded with its reason, and the others go on.
+    cell from its last checkpoint. A cell that fails is recorded with its reason, and the others go on; the report has
+    them, and the exit status is then 2, or 1 where a cell failed for a fault of Scantly.
     """
     from scantly.benchmark.run import cores, open_grid, run_grid
 
@@ -160,6 +161,7 @@ def _say_plan(grid: Grid, *, processes: int, threads: int, retry_failed: bool) -
 
 def _say_state(grid: Grid, state: GridState, out: str) -> None:
     from scantly.benchmark.run import send_report
+    from scantly.errors import RunError
     from scantly.report.benchmark_page import benchmark_report
 
     say(
@@ -167,8 +169,14 @@ def _say_state(grid: Grid, state: GridState, out: str) -> None:
     )
     for name, outcome in state.failed.items():
         say(f"  {name}: {outcome.reason}")
-    if state.failed:
-        say("failed cells are done again with --retry-failed")
     if state.done:
         say(f"report: {benchmark_report(grid)}")
         send_report(grid, out)
+    if not state.failed:
+        return
+    told = f"{len(state.failed)} of {len(grid.cells)} cells failed"
+    sentence = f"{told}; when the cause is mended, --retry-failed does them again."
+    if any(outcome.kind == "fault" for outcome in state.failed.values()):
+        warn(sentence)
+        raise typer.Exit(1)
+    raise RunError(sentence)
