@@ -81,6 +81,51 @@ def test_the_coarser_heads_alone_are_perturbed_and_only_in_training():
         assert not torch.equal(one, other)
 
 
+@pytest.mark.parametrize(("dims", "expected"), [(2, "features"), (3, "channels")])
+def test_what_is_perturbed_is_that_of_the_public_code_for_the_dimension(dims, expected):
+    assert make(dims, "vnet").perturbation == expected
+    assert make(dims, "vnet", perturbation="features").perturbation == "features"
+    assert make(dims, "vnet", perturbation="channels").perturbation == "channels"
+
+
+@pytest.mark.parametrize(
+    ("levels", "rates"), [(2, [0.2, 0.1]), (4, [0.5, 0.3, 0.2, 0.1]), (5, [0.5, 0.5, 0.3, 0.2, 0.1])]
+)
+def test_dropout_belongs_to_the_scale(levels, rates):
+    kind = catalogue.load("urpc")
+    task = Task(
+        1, ("background", "a"), 3, (64,) * 3, "vnet", {"widths": [2] * (levels + 1), "blocks": [1] * (levels + 1)}
+    )
+    assert [drop.p for drop in kind(task, kind.Config()).drops] == rates
+
+
+def test_channels_are_dropped_on_the_way_up_and_the_finer_levels_see_it():
+    """The whole way up, written out, with nothing else random; with rates of 0 it is the network's own."""
+    method = make(3, "vnet")
+    for part in method.network.modules():
+        if isinstance(part, torch.nn.Dropout3d):
+            part.p = 0.0
+    images = make_batch(dims=3).labeled
+    torch.manual_seed(3)
+    scales = method._scales(images)
+    features, network = method.network.encode(images), method.network
+    torch.manual_seed(3)
+    deep = torch.nn.functional.dropout3d(network.decoder[0](features[3], features[2]), 0.3)
+    middle = torch.nn.functional.dropout3d(network.decoder[1](deep, features[1]), 0.2)
+    finest = torch.nn.functional.dropout3d(network.decoder[2](middle, features[0]), 0.1)
+    dropped = (deep.flatten(2).abs().sum(2) == 0).float().mean()
+    assert 0 < dropped < 1  # whole channels, some of them
+    size = tuple(images.shape[2:])
+    expected = [network.head(finest)]
+    for level, head in ((deep, method.heads[0]), (middle, method.heads[1])):
+        expected.append(torch.nn.functional.interpolate(head(level), size, mode="trilinear"))
+    for scale, by_hand in zip(scales, expected, strict=True):
+        torch.testing.assert_close(scale, by_hand)
+    for drop in method.drops:
+        drop.p = 0.0
+    assert torch.equal(method._scales(images)[0], method.network(images))
+
+
 def test_the_supervised_loss_is_the_mean_over_scales_and_labels_stay_with_labeled_rows():
     method, batch = make().eval(), make_batch()
     scales = method._scales(batch.labeled)

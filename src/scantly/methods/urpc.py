@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 import torch
 import torch.nn.functional as F
 from pydantic import Field
@@ -13,12 +15,13 @@ from scantly.methods.base import Batch, Method, Progress, Task
 from scantly.methods.parts.consistency import RampConfig
 from scantly.methods.parts.feature_perturbation import drop_features, drop_voxels, proportional_noise
 from scantly.methods.parts.supervision import SupervisionConfig
-from scantly.networks.blocks import CONV, LINEAR
+from scantly.networks.blocks import CONV, DROP_CHANNELS, LINEAR
 
 __all__ = ["PyramidConsistency"]
 
 _RESIZING = {2: "nearest", 3: LINEAR[3]}
 _KERNEL = {2: 3, 3: 1}
+_PERTURBATION = {2: "features", 3: "channels"}
 
 
 class PyramidConsistency(Method):
@@ -27,24 +30,41 @@ class PyramidConsistency(Method):
     Luo et al., "Efficient Semi-supervised Gross Target Volume of Nasopharyngeal Carcinoma Segmentation via Uncertainty
     Rectified Pyramid Consistency", MICCAI 2021, and its public code (SSL4MIS). Heads on the coarser decoder levels give
     logits that are resized to the image. On unlabeled images each scale must match the mean of all; voxels where it
-    diverges from that are weighted down, and the divergence is lessened itself. All scales learn from the labels. In
-    training the features before the coarser heads are perturbed: from the coarsest dropped singly (p = 0.5), dropped
-    where they are highest, changed in proportion. The finest head predicts.
+    diverges from that are weighted down, and the divergence is lessened itself. All scales learn from the labels. The
+    finest head predicts. What makes the scales differ in training is another thing in 2D and 3D, as in the public code:
 
-    Deviations: in 3D the public code has dropout (0.5 to 0.1) on the way up instead of these perturbations, and a 3D
-    U-Net; here both dimensions and all backbones have the same ones. A network with more or fewer than four decoder
-    levels has a head on each; the three kinds of perturbation go in turn. The divergence is that of the code,
+    - 2D: the features before the coarser heads are perturbed, from the coarsest dropped singly (p = 0.5), dropped where
+      they are highest, changed in proportion;
+    - 3D: whole channels are dropped after every level of the decoder, also for the levels above (p = 0.5, 0.3, 0.2, 0.1
+      from the coarsest).
+
+    Deviations: the public 3D code has a 3D U-Net; here every backbone is possible, with its own dropout beside this
+    one. A network with more or fewer than four decoder levels has a head on each: the three kinds of perturbation go in
+    turn, and the rates belong to the scales, the first to all that are coarser. The divergence is that of the code,
     KL(mean || scale).
     """
 
     class Config(RampConfig, SupervisionConfig):
-        """Settings of URPC; defaults are the public 2D code's."""
+        """Settings of URPC; defaults are the public code's."""
 
-        dropout: float = Field(0.5, ge=0, lt=1, description="Probability with which single features are dropped.")
-        dropped_above: tuple[float, float] = Field(
-            (0.7, 0.9), description="Bounds of the share of the largest mean feature above which voxels are dropped."
+        perturbation: Literal["auto", "features", "channels"] = Field(
+            "auto",
+            description="features: those before the coarser heads are perturbed. channels: whole channels are dropped "
+            "on the way up. auto: the former in 2D, the latter in 3D.",
         )
-        noise: float = Field(0.3, ge=0, description="Largest share by which noise changes a feature.")
+        decoder_dropout: tuple[Annotated[float, Field(ge=0, lt=1)], ...] = Field(
+            (0.5, 0.3, 0.2, 0.1),
+            min_length=1,
+            description="Probabilities with which channels are dropped, coarsest decoder level first.",
+        )
+        dropout: float = Field(
+            0.5, ge=0, lt=1, description="Of features: probability with which single ones are dropped."
+        )
+        dropped_above: tuple[float, float] = Field(
+            (0.7, 0.9),
+            description="Of features: bounds of the share of the largest mean feature above which voxels are dropped.",
+        )
+        noise: float = Field(0.3, ge=0, description="Of features: largest share by which noise changes one.")
 
     def __init__(self, task: Task, config: Config) -> None:
         super().__init__(task, config)
@@ -61,6 +81,10 @@ class PyramidConsistency(Method):
         self.heads = nn.ModuleList(  # coarsest first
             CONV[dims](width, task.num_classes, kernel, padding=kernel // 2) for width in self.network.widths[-2:0:-1]
         )
+        self.perturbation = _PERTURBATION[dims] if config.perturbation == "auto" else config.perturbation
+        levels, rates = len(self.network.decoder), config.decoder_dropout[-len(self.network.decoder) :]
+        rates = (rates[0],) * (levels - len(rates)) + rates
+        self.drops = nn.ModuleList(DROP_CHANNELS[dims](rate) for rate in rates)  # coarsest first
 
     def losses(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         """``supervised``, the mean over scales, and ``consistency``, weighted."""
@@ -76,7 +100,8 @@ class PyramidConsistency(Method):
 
     def _scales(self, images: Tensor) -> list[Tensor]:
         """Logits of every scale at the images' size, the finest first."""
-        finest, *coarser = self.network.decoder(self.network.encode(images))
+        dropped = self.drops if self.perturbation == "channels" else None
+        finest, *coarser = self.network.decoder(self.network.encode(images), dropped)
         mode = _RESIZING[self.task.spatial_dims]
         found = [self.network.head(finest)]
         for index, (features, head) in enumerate(zip(reversed(coarser), self.heads, strict=True)):
@@ -84,7 +109,7 @@ class PyramidConsistency(Method):
         return found
 
     def _perturbed(self, features: Tensor, index: int) -> Tensor:
-        if not self.training:
+        if not self.training or self.perturbation == "channels":
             return features
         config, generator = self.config, self.generator
         if index % 3 == 0:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 from torch import Tensor, nn
@@ -15,12 +15,20 @@ __all__ = ["Decoder", "EncoderDecoder"]
 class Decoder(nn.ModuleList):
     """Steps from the deepest level up to the images' resolution; each takes deeper features and a skip."""
 
-    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
-        """Decoder features of every level but the deepest, finest first, from those of the encoder."""
+    def forward(
+        self, features: Sequence[Tensor], after: Iterable[Callable[[Tensor], Tensor]] | None = None
+    ) -> list[Tensor]:
+        """Decoder features of every level but the deepest, finest first, from those of the encoder.
+
+        Args:
+            features: Those of the encoder, finest first.
+            after: What is done to the features of each level before the next finer one takes them, coarsest first.
+        """
         decoded: list[Tensor] = []
         x = features[-1]
-        for step, skip in zip(self, reversed(features[:-1]), strict=True):
-            x = step(x, skip)
+        changes: Iterable[Callable[[Tensor], Tensor]] = after if after is not None else [nn.Identity()] * len(self)
+        for step, skip, change in zip(self, reversed(features[:-1]), changes, strict=True):
+            x = change(step(x, skip))
             decoded.insert(0, x)
         return decoded
 
