@@ -377,6 +377,23 @@ def test_pseudo_labels_lie_on_the_unlabeled_patches(store: Store, tmp_path: Path
         pseudo.read("z", (slice(None), slice(None), slice(None)))
 
 
+def test_voxels_without_a_pseudo_label_are_read_back_and_are_no_class(store: Store, tmp_path: Path) -> None:
+    pseudo, label = PseudoLabels.open(tmp_path / "pseudo"), np.zeros((DEPTH, HEIGHT, WIDTH), dtype=np.int16)
+    label[0], label[1, 0] = -1, 2
+    label[2, 0], label[2, 1] = -1, 3
+    pseudo.write("d", label)
+    assert (pseudo.read("d", (slice(None),) * 3) == label).all()
+    presence = PseudoLabels.open(tmp_path / "pseudo").presence("d")
+    assert [present.tolist() for present in presence.classes_per_slice[:4]] == [[], [0, 2], [0, 3], [0]]
+    assert set(presence.foreground) == {2, 3}
+    assert presence.count == 3
+    for name in UNLABELED[1:]:
+        pseudo.write(name, np.zeros((DEPTH, HEIGHT, WIDTH), dtype=np.uint8))
+    drawn = [source_of(store, pseudo_labels=pseudo)[iteration].pseudo_labels for iteration in range(12)]
+    found = {int(value) for rows in drawn if rows is not None for value in rows.unique()}
+    assert {-1, 0} < found <= {-1, 0, 2, 3}
+
+
 def test_pseudo_labels_do_not_change_what_is_drawn(store: Store, tmp_path: Path) -> None:
     pseudo = PseudoLabels.open(tmp_path)
     for name in UNLABELED:

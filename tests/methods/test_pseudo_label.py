@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from consistency_tasks import make, make_batch
 
+from scantly.losses import IGNORED
 from scantly.methods.base import Progress
 
 AT = Progress(10, 10)
@@ -69,3 +70,43 @@ def test_in_a_round_labels_of_the_pool_count_as_much_as_given_ones():
     assert set(method.losses(batch, AT)) == {"supervised"}
     torch.testing.assert_close(method.losses(batch, AT)["supervised"], expected)
     assert not any(p.requires_grad for p in method.initial.parameters())
+
+
+def test_in_rounds_doubtful_voxels_of_the_pool_get_no_label():
+    probs = torch.tensor([[0.9, 0.4, 0.3], [0.1, 0.6, 0.7]]).view(2, 1, 1, 3)
+    assert make("pseudo_label", form="rounds").pseudo_labels(probs).flatten().tolist() == [0, 1, 1]
+    some = make("pseudo_label", form="rounds", rounds_threshold=0.65)
+    assert some.pseudo_labels(probs).flatten().tolist() == [0, IGNORED, 1]
+
+
+@pytest.mark.parametrize("normalization", ["all", "masked"])
+def test_voxels_without_a_label_count_nowhere(normalization):
+    settings = {"form": "rounds", "rounds_threshold": 0.8, "mask_normalization": normalization}
+    method, batch = make("pseudo_label", **settings).eval(), make_batch()
+    logits = method.network(batch.images).detach().requires_grad_()
+    drawn = torch.rand(batch.unlabeled[:, 0].shape, generator=torch.Generator().manual_seed(1))
+    batch.pseudo_labels = torch.where(drawn < 0.5, IGNORED, (drawn > 0.75).long())
+    labels = torch.cat([batch.labels, batch.pseudo_labels])
+    method.network.forward = lambda images: logits
+    found = method.losses(batch, AT)["supervised"]
+
+    mask = labels >= 0
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORED, reduction="sum")
+    dice = 0.0
+    for index in range(2):  # each class over the voxels with a label, written out
+        p, y = logits.softmax(1)[:, index][mask], (labels[mask] == index).float()
+        dice += (1 - (2 * (p * y).sum() + 1e-5) / (p.square().sum() + y.sum() + 1e-5)) / 2
+    divisor = mask.numel() if normalization == "all" else mask.sum()
+    torch.testing.assert_close(found, 0.5 * (total / divisor + dice))
+
+    gradient = torch.autograd.grad(found, logits)[0].movedim(1, -1)
+    assert not gradient[~mask].any()
+    assert gradient[mask].any()
+
+
+def test_rounds_with_a_threshold_where_all_have_a_label_are_those_without():
+    with_threshold, batch = make("pseudo_label", form="rounds", rounds_threshold=0.6).eval(), make_batch()
+    batch.pseudo_labels = torch.randint(2, batch.unlabeled[:, 0].shape)
+    without = make("pseudo_label", form="rounds").eval()
+    without.load_state_dict(with_threshold.state_dict())
+    torch.testing.assert_close(with_threshold.losses(batch, AT), without.losses(batch, AT))

@@ -381,6 +381,28 @@ def test_pseudo_labels_can_be_looked_at_on_the_scans_own_grid(cohort, tiny, tmp_
             assert (label.array[:, :4, :4] == 3).all()
 
 
+def test_doubtful_voxels_have_no_label_in_self_training_and_a_resumed_round_is_the_same(
+    cohort, tiny, tmp_path, monkeypatch
+):
+    torch.set_num_threads(1)
+    with_rounds = merge(
+        tiny, {"training": {"checkpoint_every": 1}, "method": {"form": "rounds", "rounds_threshold": 0.268}}
+    )
+    config = configuration(cohort, with_rounds, "pseudo_label", 0, tmp_path / "s")
+    whole = train_config(config, tmp_path / "whole", quiet=True)
+    folder, shares = whole.folder / "pseudo_labels" / "1-round1", []
+    for case in config.split["unlabeled"]:
+        stored = PseudoLabels.open(folder).read(case, (slice(None),) * 3)
+        shown = imaging.read_label(folder / f"{case}.nii.gz").array
+        assert set(np.unique(shown)) <= {-1, 0, 1, 2, 3}
+        shares.append((stored == -1).mean())
+    assert 0 < np.mean(shares) < 1
+    log = whole.log()
+    assert log.loc[log["name"] == "method/confident", "value"].between(0, 1, inclusive="neither").any()
+    out = stop_and_resume(config, tmp_path / "stopped", 9, monkeypatch)
+    assert (out / "model.safetensors").read_bytes() == whole.model_path.read_bytes()
+
+
 def test_learning_rate_schedule_runs_anew_only_where_the_stage_says_so(cohort, tiny, tmp_path, monkeypatch):
     monkeypatch.setattr("scantly.methods.catalogue.load", lambda name: TwoStages)
     config = configuration(cohort, tiny, "supervised", 0, tmp_path / "s")

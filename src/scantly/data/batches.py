@@ -56,7 +56,7 @@ class RawBatch:
         unlabeled: (Bu, C, *patch) float32; Bu may be 0.
         labeled_cases: Case name of each labeled row.
         unlabeled_cases: Case name of each unlabeled row.
-        pseudo_labels: (Bu, *patch) uint8, on the patches of ``unlabeled``; ``None`` without pseudo-labels.
+        pseudo_labels: (Bu, *patch) integers, -1 where there is none, on the patches of ``unlabeled``; ``None`` without.
         extra: (Be, C, *patch) float32; ``None`` without extra rows.
         extra_labels: (Be, *patch), as ``labels``; ``None`` without extra rows.
     """

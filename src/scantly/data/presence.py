@@ -21,7 +21,7 @@ class Presence:
     """Classes of a label map.
 
     Attributes:
-        classes_per_slice: Class indices in each slice, background included.
+        classes_per_slice: Class indices in each slice, background included; what lies below 0 is no class.
         foreground: Up to 1000 voxels of each foreground class, flat indices into (D, H, W).
     """
 
@@ -33,14 +33,15 @@ class Presence:
         """Of a label map (D, H, W); the voxels are drawn by the case's name, the same every time."""
         foreground = {}
         for value in np.unique(label):
-            if value == 0:
+            if value <= 0:
                 continue
             flat = np.flatnonzero(label == value)
             if flat.size > _FOREGROUND_VOXELS:
                 generator = np.random.default_rng([int(digest(name), 16), int(value)])
                 flat = np.sort(generator.choice(flat, _FOREGROUND_VOXELS, replace=False))
             foreground[int(value)] = flat
-        return cls(tuple(np.unique(plane).astype(np.int64) for plane in label), foreground)
+        present = (np.unique(plane).astype(np.int64) for plane in label)
+        return cls(tuple(classes[classes >= 0] for classes in present), foreground)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Presence:

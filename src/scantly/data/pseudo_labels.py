@@ -44,12 +44,12 @@ class PseudoLabels:
         return type(self), (self.folder,)
 
     def write(self, case: str, array: NDArray[np.integer[Any]]) -> None:
-        """Write a case's label map, (D, H, W) on the prepared grid, atomically.
+        """Write a case's label map, (D, H, W) on the prepared grid, -1 where a voxel has no label, atomically.
 
         Raises:
             RunError: if the disk is full or not writable.
         """
-        kind = np.uint8 if array.max(initial=0) <= 255 else np.int16
+        kind = np.uint8 if array.min(initial=0) >= 0 and array.max(initial=0) <= 255 else np.int16
         depth, height, width = (min(n, side) for n, side in zip(array.shape, self._CHUNK, strict=True))
         write_array(self.folder / f"{case}.b2nd", array.astype(kind), (depth, height, width))
         write_json(self.folder / f"{case}.json", Presence.of(array, case).to_dict())

@@ -344,7 +344,8 @@ class Method(nn.Module, ABC):
                 CPU; in 2D the D slices of a case.
 
         Returns:
-            Class indices, ``(D, H, W)``, integers.
+            Class indices, ``(D, H, W)``, integers, or :data:`~scantly.losses.IGNORED` (-1) where a voxel has no label;
+            the method's losses then leave it out.
         """
         return probs.argmax(0)
 

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Literal
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from scantly.losses import masked_cross_entropy, soft_dice
+from scantly.losses import IGNORED, masked_cross_entropy, soft_dice
 from scantly.methods.base import Batch, Method, Progress, Rows, Stage, Task
 from scantly.methods.parts.consistency import RampConfig
 from scantly.methods.parts.ema import make_teacher, update_teacher
-from scantly.methods.parts.supervision import SupervisionConfig, outputs, split_outputs
+from scantly.methods.parts.supervision import SupervisionConfig, outputs, split_outputs, supervised_loss
 
 __all__ = ["PseudoLabel"]
 
@@ -29,8 +30,8 @@ class PseudoLabel(Method):
       times. Labels of the pool come from the last iteration of the stage before, never from a choice by test cases.
 
     There is no public code of the field for either. In rounds every stage begins with the weights that the first began
-    with, and labels of the pool count as much as given ones: neither are doubtful voxels left out of them, nor all but
-    the largest component of a structure.
+    with, and labels of the pool count as much as given ones, all of them unless ``rounds_threshold`` leaves doubtful
+    voxels out; structures keep all their components.
     """
 
     class Config(RampConfig, SupervisionConfig):
@@ -43,10 +44,13 @@ class PseudoLabel(Method):
             0.95, ge=0, description="Online: from which a pseudo-label counts; above 1: never."
         )
         mask_normalization: Literal["all", "masked"] = Field(
-            "all", description="Online: cross-entropy is divided by all voxels or by the trusted ones."
+            "all", description="Cross-entropy is divided by all voxels or by the trusted ones."
         )
         dice_weight: float = Field(0.0, ge=0, description="Online: weight of Dice over the trusted voxels beside it.")
         rounds: int = Field(1, ge=1, description="Rounds of relabeling, each with an equal share of the iterations.")
+        rounds_threshold: float = Field(
+            0.0, ge=0, lt=1, description="Rounds: probability below which a voxel of the pool gets no label; 0: all do."
+        )
 
     def __init__(self, task: Task, config: Config) -> None:
         super().__init__(task, config)
@@ -74,7 +78,25 @@ class PseudoLabel(Method):
         if batch.pseudo_labels is None:
             return {"supervised": self.config.supervised_loss(outputs(self.network, batch.labeled), batch.labels)}
         labels = torch.cat([batch.labels, batch.pseudo_labels])
-        return {"supervised": self.config.supervised_loss(outputs(self.network, batch.images), labels)}
+        loss = self.config.supervised_loss if self.config.rounds_threshold == 0 else self._partly_labeled_loss
+        self.log("confident", (batch.pseudo_labels != IGNORED).float().mean())
+        return {"supervised": loss(outputs(self.network, batch.images), labels)}
+
+    def pseudo_labels(self, probs: Tensor) -> Tensor:
+        """The most probable class, or none where its probability is below ``rounds_threshold``."""
+        confidence, labels = probs.max(0)
+        return labels.where(confidence >= self.config.rounds_threshold, IGNORED)
+
+    def _partly_labeled_loss(self, logits: Sequence[Tensor], labels: Tensor) -> Tensor:
+        """The supervised loss over the voxels that have a label."""
+        config = self.config
+
+        def loss(level: Tensor, target: Tensor) -> Tensor:
+            mask, target = target != IGNORED, target.clamp(min=0)
+            dice = soft_dice(level.float().softmax(1), target, include_background=config.dice_background, mask=mask)
+            return 0.5 * (masked_cross_entropy(level, target, mask, normalize=config.mask_normalization) + dice)
+
+        return supervised_loss(logits, labels, loss)
 
     def _online(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:
         config = self.config
