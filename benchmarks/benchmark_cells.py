@@ -60,9 +60,14 @@ def main() -> None:
     parser.add_argument("--table", type=Path, required=True, help="JSON file")
     parser.add_argument("--dataset", required=True, help="name of the dataset in the benchmark file")
     parser.add_argument("--methods", nargs="*", help="those that are added; default: all")
+    parser.add_argument(
+        "--names", nargs="*", default=[], metavar="LABEL=NAME", help="what a row is called in the table"
+    )
     arguments = parser.parse_args()
     table = read_json(arguments.table)
+    names = dict(name.split("=", 1) for name in arguments.names)
     found = [row for results in arguments.results for row in cells_of(results, arguments.dataset)]
+    found = [{**row, "method": names.get(row["method"], row["method"])} for row in found]
     rows = merged(table["cells"], [row for row in found if not arguments.methods or row["method"] in arguments.methods])
     counts, methods = (list(dict.fromkeys(row[name] for row in rows)) for name in ("labeled", "method"))
     over_seeds = means_over_seeds(rows, counts, methods)
