@@ -129,7 +129,8 @@ def test_a_cell_that_no_node_can_hold(cluster: Any) -> None:
 
 def test_cells_at_a_time(cluster: Any) -> None:
     nodes = len(cluster.worker_nodes)
-    assert RayPool(cluster.address).processes == nodes
+    pool = RayPool(cluster.address)
+    wait_until(lambda: pool.processes == nodes)  # a node that was lost counts until Ray has noticed
     assert RayPool(cluster.address, cpus=0.5).processes == 2 * nodes
 
 
