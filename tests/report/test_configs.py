@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from scantly.report.configs import as_yaml, differences, differing_keys, flatten
-from scantly.report.groups import collect
 from scantly.training.run import Run
 
 
@@ -29,7 +28,7 @@ def test_differences_show_every_run_and_leave_out_reasons(make_run: Callable[...
         make_run("b", seed=7, settings={"plan": {"reasons": {"patch_size": "two"}}, "split": {"unlabeled": long}}),
         make_run("c", method="mean_teacher"),
     ]
-    lines = {line.key: line.values for line in differences(collect(runs)[0].results)}
+    lines = {line.key: line.values for line in differences(runs)}
     assert lines["training.seed"] == ("0", "7", "0")
     assert lines["method.consistency"].count("—") == 2
     assert any("40 entries: subject000 … subject039" in value for value in lines["split.unlabeled"])

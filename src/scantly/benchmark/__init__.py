@@ -1,1 +1,1 @@
-"""Comparison with the literature: its published results, as data."""
+"""Grids of trainings and where they run; the literature's published results, as data, to compare with."""

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import yaml
 
 if TYPE_CHECKING:
-    from scantly.report.groups import Result
+    from scantly.training.run import Run
 
 __all__ = ["Difference", "as_yaml", "differences", "differing_keys", "flatten"]
 
@@ -53,9 +53,9 @@ def as_yaml(values: Mapping[str, Any]) -> str:
     return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=100)
 
 
-def differences(results: Sequence[Result]) -> list[Difference]:
+def differences(runs: Sequence[Run]) -> list[Difference]:
     """Settings and environment that differ between runs, but for a plan's reasons and fingerprint."""
-    settings = [flatten(result.run.config) | flatten(result.run.environment, "environment.") for result in results]
+    settings = [flatten(run.config) | flatten(run.environment, "environment.") for run in runs]
     return [
         Difference(key, tuple(_short(values[key]) if key in values else _UNSET for values in settings))
         for key in differing_keys(settings)

@@ -124,7 +124,7 @@ def write_page(sections: Sequence[Section], out: Path, extras: Extras | None = N
                 _section(section) | {key: _at(values, number) for key, values in _of_sections(more).items()}
                 for number, section in enumerate(sections)
             ],
-            differences=differences(results) if 1 < len(results) <= _MANY_RUNS else [],
+            differences=differences([result.run for result in results]) if 1 < len(results) <= _MANY_RUNS else [],
             differences_shown=described,
             results=[
                 {
