@@ -54,6 +54,13 @@ def test_voxels_with_the_highest_mean_feature_are_dropped():
     )
 
 
+def test_the_share_above_which_voxels_go_is_drawn_once_for_the_batch():
+    """Equal images lose the same voxels: 64 of them, over the whole width of the bounds."""
+    one = torch.linspace(0.5, 1, 64).view(1, 1, 8, 8)
+    dropped = drop_voxels(one.expand(64, 2, 8, 8), (0.5, 1.0), torch.Generator().manual_seed(0))
+    assert torch.equal(dropped, dropped[:1].expand_as(dropped))
+
+
 def test_the_main_prediction_does_not_depend_on_what_the_perturbations_draw():
     seen = []
     for seed in (0, 1):

@@ -66,3 +66,11 @@ def test_who_predicts():
     for name in ("first", "second"):
         method = make("cps", predict_with=name)
         assert method.predictor is getattr(method, name)
+
+
+def test_the_rate_is_advanced_before_the_step_as_in_the_public_code():
+    """0.01 (1 - t / 30000)^0.9 at step t."""
+    handles = TrainingHandles(make("cps"), Stage(), TrainingSection(lr=0.01, power=0.9, schedule="poly"), 30_000)
+    for step, expected in ((0, 0.01), (1, 0.009999699999499994), (29_999, 9.345248855829638e-07)):
+        handles.set_iteration(step)
+        assert handles.rates() == {"first": pytest.approx(expected), "second": pytest.approx(expected)}

@@ -22,6 +22,15 @@ def test_the_published_number_of_parameters():
     assert sum(p.numel() for p in Discriminator(2, 4, 1).parameters()) == 2_762_754
 
 
+@pytest.mark.parametrize("dims", [2, 3])
+def test_the_discriminator_has_the_layers_of_the_public_code(dims):
+    """In 2D the sum of the two inputs enters the next convolution as it is, in 3D rectified and after dropout."""
+    kinds = [type(layer).__name__ for layer in Discriminator(dims, 2, 1).layers]
+    conv, drop = f"Conv{dims}d", f"Dropout{dims}d"
+    after_the_sum = [] if dims == 2 else ["LeakyReLU", drop]
+    assert kinds == [*after_the_sum, conv, "LeakyReLU", drop, conv, "LeakyReLU", drop, conv, "LeakyReLU"]
+
+
 @pytest.mark.parametrize(("dims", "size"), [(2, 256), (2, 96), (3, 32)])
 def test_a_verdict_per_image_of_any_size(dims, size):
     judge = Discriminator(dims, 2, 1).eval()

@@ -37,6 +37,16 @@ def test_whose_entropy_counts():
     assert seen["all"] != seen["unlabeled"]
 
 
+def test_the_entropy_of_all_rows_counts_as_published():
+    method, batch = make("entropy_minimization", consistency=1.0, rampup_iterations=0).eval(), make_batch(1, 3)
+    batch.labeled = 200 * batch.labeled  # so that the labeled row is certain
+    probs = method.network(batch.images).softmax(1)
+    per_row = -(probs * (probs + 1e-6).log()).sum(1).mean((1, 2)) / math.log(2)
+    expected = per_row.mean()
+    assert abs(expected - per_row[1:].mean()) > 0.01
+    torch.testing.assert_close(method.losses(batch, AT)["entropy"], expected)
+
+
 def test_its_gradient_makes_predictions_more_certain():
     method = make("entropy_minimization", consistency=1.0, rampup_iterations=0)
     batch = make_batch()

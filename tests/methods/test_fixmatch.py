@@ -45,7 +45,16 @@ def test_boxes_move_images_labels_and_trust_together(dims):
     torch.testing.assert_close(loss, 0.5 * (per_voxel * (confidence >= 0.55)).mean())
 
 
-def test_labels_carry_no_gradient_and_do_not_depend_on_the_labeled_rows():
+def test_labeled_and_weak_rows_pass_in_one_batch():
+    """Batch norm sees both, as in the public code: two passes in a step, the first of all weak rows."""
+    method, batch, seen = make("fixmatch"), make_batch(labeled=2, unlabeled=3), []
+    method.network.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    method.losses(batch, AT)
+    assert [len(images) for images in seen] == [5, 3]
+    assert torch.equal(seen[0], torch.cat([batch.labeled, batch.unlabeled]))
+
+
+def test_labels_carry_no_gradient_and_do_not_depend_on_the_given_labels():
     method, batch = make("fixmatch", confidence_threshold=0.0), make_batch()
     state = method.state_dict()
     losses = []

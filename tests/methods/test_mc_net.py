@@ -95,9 +95,19 @@ def test_two_dimensional_dice_has_no_gradient_where_a_class_is_absent():
     labels = torch.randint(2, (2, 4, 4))  # class 2 is absent
     loss = method.supervised_loss(logits, labels)
     p, y = logits.softmax(1), nn.functional.one_hot(labels, 3).movedim(-1, 1)
-    parts = [1 - 2 * (p[:, c] * y[:, c]).sum() / ((p[:, c] ** 2).sum() + y[:, c].sum() + 1e-10) for c in range(3)]
+    parts = [1 - (p[:, c] * y[:, c]).sum() / ((p[:, c] ** 2).sum() + y[:, c].sum() + 1e-10) for c in range(3)]
     assert parts[2].item() == 1
     torch.testing.assert_close(loss, torch.stack(parts).mean())
+
+
+@pytest.mark.parametrize("name", ["mc_net", "mc_net_plus"])
+def test_two_dimensional_dice_of_a_perfect_prediction_is_a_half_per_decoder(name):
+    """The public 2D code's Dice has no factor 2: 1 - 16 / (16 + 16) for every class of 16 voxels."""
+    method = make(name, classes=2)
+    labels = torch.tensor([[[0, 1]] * 16])
+    logits = 60.0 * (nn.functional.one_hot(labels, 2).movedim(-1, 1).float() - 0.5)
+    assert method.supervised_loss(logits, labels).item() == pytest.approx(0.5, abs=1e-6)
+    assert method.supervised_weight == 1.0
 
 
 def test_three_dimensional_dice_counts_the_foreground_with_plain_denominators():

@@ -8,7 +8,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from consistency_tasks import make, make_batch
-from torch import nn
 
 from scantly.losses import signed_distance, soft_dice
 from scantly.methods import catalogue
@@ -22,18 +21,9 @@ FULL = {"consistency": 1.0, "rampup_iterations": 0}
 
 
 def test_the_published_number_of_parameters():
-    judge = Discriminator(3, 1, 1, whole_channels=True)
+    judge = Discriminator(3, 1, 1)
     assert sum(p.numel() for p in judge.parameters()) == 11_020_290
-    assert sum(p.numel() for p in Discriminator(2, 1, 1, whole_channels=True).parameters()) == 2_762_754 - 3 * 64 * 16
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_dropout_of_whole_channels_before_the_last_convolution(dims):
-    judge = Discriminator(dims, 1, 1, whole_channels=True)
-    kinds = [type(module) for module in judge.layers]
-    assert kinds.count({2: nn.Dropout2d, 3: nn.Dropout3d}[dims]) == 3
-    assert kinds[-1] is nn.LeakyReLU
-    assert nn.Dropout not in kinds
+    assert sum(p.numel() for p in Discriminator(2, 1, 1).parameters()) == 2_762_754 - 3 * 64 * 16
 
 
 def test_an_undecided_judge_costs_ln_2():
@@ -131,7 +121,7 @@ def test_judging_leaves_the_networks_statistics_and_modes_alone():
 
 @pytest.mark.parametrize("sides", [(8, 64, 64), (1, 16, 20), (2, 3, 40), (5, 5, 5)])
 def test_thin_patches_are_halved_where_they_can_be(sides):
-    judge = Discriminator(3, 1, 1, sides=sides, whole_channels=True).eval()
+    judge = Discriminator(3, 1, 1, sides=sides).eval()
     assert judge(torch.rand(2, 1, *sides), torch.rand(2, 1, *sides)).shape == (2, 2)
 
 

@@ -226,6 +226,7 @@ class OptimizerSpec:
         nesterov: Nesterov momentum, SGD only.
         schedule: ``poly``, ``step`` or ``constant``.
         power: Exponent of the poly schedule.
+        counted_first: The poly schedule is advanced before the step: step ``t`` runs at ``t``'s rate, not ``t - 1``'s.
         end_lr: Learning rate that the poly schedule falls to.
         gradient_clip: Largest norm of this optimizer's gradients.
         undecayed: Those of the parameters that ``weight_decay`` leaves alone.
@@ -240,6 +241,7 @@ class OptimizerSpec:
     nesterov: bool = False
     schedule: Literal["poly", "step", "constant"] | None = None
     power: float | None = None
+    counted_first: bool = False
     end_lr: float = 0.0
     gradient_clip: float | None = None
     undecayed: Iterable[nn.Parameter] = ()

@@ -26,8 +26,9 @@ class CrossConsistency(Method):
     medical images as in the public code of SSL4MIS: three auxiliary decoders on the features of one encoder, every
     level of which is perturbed. One sees noise in proportion to the features, ``x (1 + n)`` with n uniform in [-0.3,
     0.3) and the same for the batch; one features dropped singly (p = 0.3); one features dropped where their mean over
-    the channels is high (above 0.7 to 0.9 of its largest in the image). On unlabeled images the auxiliary decoders'
-    probabilities must match the main one's (mean squared error); all decoders learn from the labeled ones.
+    the channels is high (above a share of its largest in the image, drawn from 0.7 to 0.9 once for the batch). On
+    unlabeled images the auxiliary decoders' probabilities must match the main one's (mean squared error); all decoders
+    learn from the labeled ones.
 
     Deviations: the target takes no gradient, as in the paper (``official=true``: gradients both ways, as the public
     medical code). Auxiliary decoders have the supervised loss, as in that code; in the paper they have none

@@ -18,21 +18,22 @@ __all__ = ["EntropyMinimization"]
 
 
 class EntropyMinimization(Method):
-    """Predictions of unlabeled images are pushed to be certain.
+    """Predictions are pushed to be certain.
 
     Grandvalet and Bengio, "Semi-supervised Learning by Entropy Minimization", NeurIPS 2004; for segmentation Vu et al.,
     "ADVENT: Adversarial Entropy Minimization for Domain Adaptation in Semantic Segmentation", CVPR 2019, equation 3,
     and the public code of SSL4MIS: the mean over voxels of ``-sum_c p log(p + 1e-6) / ln C``.
 
-    Deviations from the public code: unlabeled rows alone by default (``rows=all``: labeled ones too, as there), and the
-    largest entropy is that of the task's C classes, where the code has 4 in 2D and 2 in 3D.
+    As in the public code the mean is over labeled and unlabeled rows (``rows=unlabeled``: the usual definition, which
+    with equal numbers of both is twice as strong on the unlabeled ones). Deviation from it: the largest entropy is that
+    of the task's C classes, where the code has 4 in 2D and 2 in 3D.
     """
 
     class Config(RampConfig, SupervisionConfig):
-        """Settings of entropy minimization; defaults are the public code's unless stated."""
+        """Settings of entropy minimization; defaults are the public code's."""
 
         rows: Literal["unlabeled", "all"] = Field(
-            "unlabeled", description="Whose entropy counts: of the unlabeled rows, or of all (public code)."
+            "all", description="Whose entropy counts: of all rows (public code), or of the unlabeled ones."
         )
 
     def __init__(self, task: Task, config: Config) -> None:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from pydantic import Field
 from torch import Tensor, nn
 
 from scantly.losses import masked_cross_entropy
 from scantly.methods.base import Batch, Method, Progress, Task
 from scantly.methods.parts.strong_views import StrongViewConfig, WeakLabels
-from scantly.methods.parts.supervision import SupervisionConfig, outputs
+from scantly.methods.parts.supervision import SupervisionConfig, split_outputs
 
 __all__ = ["FixMatch"]
 
@@ -20,7 +19,8 @@ class FixMatch(Method):
     Sohn et al., "FixMatch: Simplifying Semi-Supervised Learning with Consistency and Confidence", NeurIPS 2020, voxel
     by voxel as in the public code of UniMatch (Yang et al., CVPR 2023): cross-entropy of the strong view with the most
     probable class of the weak one where its probability reaches ``confidence_threshold``, divided by all voxels, and
-    ``(L_x + L_u) / 2`` without a ramp. The strong view changes intensities and shows boxes of other images (CutMix).
+    ``(L_x + L_u) / 2`` without a ramp. Labeled and weak rows pass the network in one batch, the strong view in a
+    second one. It changes intensities and shows boxes of other images (CutMix).
 
     Deviations: the variant of SSL4MIS is not offered. Its masking normalizes probabilities voxel by voxel first, so
     that it hardly ever acts, and where it acts it teaches background; its negative term takes ``1 - p`` for logits.
@@ -48,11 +48,11 @@ class FixMatch(Method):
         """
         config = self.config
         view = config.strong_view(batch.unlabeled, self.generator)
-        with torch.no_grad():
-            confidence, labels = self.network(batch.unlabeled).float().softmax(1).max(1)
+        labeled, weak = split_outputs(self.network, batch.labeled, batch.unlabeled)
+        confidence, labels = weak.detach().float().softmax(1).max(1)
         shown = view.paste(WeakLabels(labels, confidence >= config.confidence_threshold))
         self.log("confident", shown.mask.float().mean())
-        supervised = config.supervised_loss(outputs(self.network, batch.labeled), batch.labels)
+        supervised = config.supervised_loss(labeled, batch.labels)
         unsupervised = masked_cross_entropy(self.network(view.images), shown.targets, shown.mask)
         return {
             "supervised": config.supervised_weight * supervised,

@@ -49,7 +49,7 @@ class ShapeAware(AdversarialMethod):
         self.config = config
         self.network = distance_network(task)
         maps = task.num_classes - 1
-        self.judge = Discriminator(task.spatial_dims, maps, task.channels, sides=task.patch_size, whole_channels=True)
+        self.judge = Discriminator(task.spatial_dims, maps, task.channels, sides=task.patch_size)
         self.distances_of = config.label_distances(task.num_classes)
 
     def losses(self, batch: Batch, progress: Progress) -> dict[str, Tensor]:

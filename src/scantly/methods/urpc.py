@@ -115,7 +115,7 @@ class PyramidConsistency(Method):
         if index % 3 == 0:
             return drop_features(features, config.dropout, generator)
         if index % 3 == 1:
-            return drop_voxels(features, config.dropped_above, generator, per_image=False)
+            return drop_voxels(features, config.dropped_above, generator)
         return proportional_noise(features, config.noise, generator)
 
     @property

@@ -21,20 +21,20 @@ class Discriminator(nn.Module):
     """Convolutional network that tells from a map and its image which of two kinds they are.
 
     That of the adversarial methods in the public code of SSL4MIS, after Zhang et al., "Deep Adversarial Networks for
-    Biomedical Image Segmentation Utilizing Unannotated Images", MICCAI 2017. Map and image enter by convolutions of
-    their own, whose results are added; three more halve the sides to a sixteenth; leaky ReLU (0.2) and dropout (0.5)
-    follow each. With one image channel and four map channels it has 2,762,754 parameters in 2D.
+    Biomedical Image Segmentation Utilizing Unannotated Images", MICCAI 2017, and of Li et al. (SASSNet), MICCAI 2020.
+    Map and image enter by convolutions of their own, whose results are added; three more halve the sides to a
+    sixteenth. Leaky ReLU (0.2) and dropout of whole channels (0.5) stand between the convolutions, in 2D not between
+    the sum and the next one; the last is followed by leaky ReLU alone. With one image channel and four map channels it
+    has 2,762,754 parameters in 2D, with one of both 11,020,290 in 3D.
 
-    Deviations: averages over 2 x 2 cells in 2D, one in 3D, whatever the size of the image (there windows that fit
-    256 x 256 and 96 x 96 x 96); in 2D the code has no rectifier between the sum and the next convolution.
+    Deviation: averages over 2 x 2 cells in 2D, one in 3D, whatever the size of the image (there windows that fit
+    256 x 256 and 96 x 96 x 96).
 
     Args:
         spatial_dims: 2 or 3.
         map_channels: Channels of the map.
         image_channels: Channels of the image.
         sides: Sides of the maps, 16 or more unless given; an axis that has come down to one voxel is halved no further.
-        whole_channels: Dropout takes whole channels, and none follows the last convolution, as in the public code of
-            Li et al. (SASSNet), MICCAI 2020; for one map in 3D it has 11,020,290 parameters.
     """
 
     def __init__(
@@ -44,11 +44,8 @@ class Discriminator(nn.Module):
         image_channels: int,
         *,
         sides: Sequence[int] | None = None,
-        whole_channels: bool = False,
     ) -> None:
         super().__init__()
-        dropout = DROP_CHANNELS[spatial_dims] if whole_channels else nn.Dropout
-
         left = [2 ** len(_WIDTHS)] * spatial_dims if sides is None else list(sides)
 
         def halving(inputs: int, outputs: int) -> nn.Module:
@@ -60,10 +57,11 @@ class Discriminator(nn.Module):
         layers: list[nn.Module] = []
         for a, b in pairwise(_WIDTHS):
             left = [max(1, side // 2) for side in left]
-            layers += [nn.LeakyReLU(_SLOPE), dropout(_DROPOUT), halving(a, b)]
+            if layers or spatial_dims == 3:
+                layers += [nn.LeakyReLU(_SLOPE), DROP_CHANNELS[spatial_dims](_DROPOUT)]
+            layers.append(halving(a, b))
         cells = _CELLS[spatial_dims]
-        last = [] if whole_channels else [nn.Dropout(_DROPOUT)]
-        self.layers = nn.Sequential(*layers, nn.LeakyReLU(_SLOPE), *last)
+        self.layers = nn.Sequential(*layers, nn.LeakyReLU(_SLOPE))
         self.pool = POOL_TO[spatial_dims](cells)
         self.classify = nn.Linear(_WIDTHS[-1] * cells**spatial_dims, 2)
 

@@ -17,23 +17,27 @@ from scantly.training.config import TrainingSection
 __all__ = ["TrainingHandles", "learning_rate"]
 
 
-def learning_rate(name: str, iteration: int, total: int, settings: TrainingSection) -> float:
+def learning_rate(
+    name: str, iteration: int, total: int, settings: TrainingSection, *, counted_first: bool = False
+) -> float:
     """Factor on the initial learning rate at one step.
 
     As in the public code of the field the schedule is advanced after each step with the counter before its
-    increment: steps 0 and 1 both run at the initial rate, step ``t >= 1`` at the value of ``t - 1``.
+    increment: steps 0 and 1 both run at the initial rate, step ``t >= 1`` at the value of ``t - 1``. The public code of
+    CPS counts first.
 
     Args:
         name: ``poly``: ``(1 - t/T)^power``; ``step``: times ``gamma`` after each milestone; ``constant``.
         iteration: Step within the stage, from 0.
         total: Steps of the stage.
         settings: ``power``, ``milestones``, ``gamma``.
+        counted_first: ``poly``: step ``t`` runs at the value of ``t``.
 
     Returns:
         Factor in (0, 1].
     """
     if name == "poly":
-        return math.pow(1.0 - max(iteration - 1, 0) / total, settings.power)
+        return math.pow(1.0 - max(iteration if counted_first else iteration - 1, 0) / total, settings.power)
     if name == "step":
         passed = sum(iteration >= round(share * total) for share in settings.milestones)
         return math.pow(settings.gamma, passed)
@@ -70,7 +74,8 @@ class TrainingHandles:
             spec, settings = self._specs[name], self._settings
             if spec.power is not None:
                 settings = settings.model_copy(update={"power": spec.power})
-            factor = learning_rate(spec.schedule or settings.schedule, iteration, self._total, settings)
+            schedule = spec.schedule or settings.schedule
+            factor = learning_rate(schedule, iteration, self._total, settings, counted_first=spec.counted_first)
             for group in optimizer.param_groups:
                 group["lr"] = spec.end_lr + (self._initial[name] - spec.end_lr) * factor
 

@@ -19,6 +19,8 @@ from scantly.views.draws import chance, uniform
 
 __all__ = ["CutMix", "CutMixConfig", "apply_cutmix", "box_mask", "sample_cutmix", "sample_half_area"]
 
+_RATIOS = 1024  # aspect ratios among which one is chosen: boxes of neighboring ones differ by less than a voxel
+
 
 class CutMixConfig(Settings):
     """How boxes are drawn by :func:`sample_cutmix`."""
@@ -29,8 +31,8 @@ class CutMixConfig(Settings):
         description="Bounds of the box's share of the area (2D) or volume (3D) (UniMatch: 0.02-0.4)",
     )
     aspect: tuple[float, float] = Field(
-        (0.3, 3.33),
-        description="2D: bounds of height over width, both as shares of the patch (UniMatch: 0.3-3.33)",
+        (0.3, 1 / 0.3),
+        description="2D: bounds of height over width, both as shares of the patch (UniMatch: 0.3 to 1 / 0.3)",
     )
 
     @field_validator("area")
@@ -71,10 +73,11 @@ def sample_cutmix(
 ) -> CutMix:
     """Draw one box per image.
 
-    The share is uniform between its bounds, the aspect ratio log-uniform among those with which a box of that
-    share fits, the position uniform among those that fit; edges are rounded to whole voxels. UniMatch instead
-    draws all three until the box fits, which cannot be done without waiting for the device and
-    favors small boxes.
+    In 2D as UniMatch draws them: the share of the area is uniform between its bounds; then aspect ratio and corner, both
+    uniform, are drawn again until the box lies in the image. Here they are drawn once, from the distribution that this
+    leads to, since drawing again would wait for the device: an aspect ratio is the more probable the more places its box
+    has, and the place is uniform among them. Edges are whole voxels, rounded down. Where no ratio between the bounds
+    fits, the nearest one that does is taken. In 3D the box has the proportions of the patch.
 
     Args:
         config: Probability and bounds.
@@ -86,19 +89,35 @@ def sample_cutmix(
     device = generator.device
     axes = len(size)
     share = uniform(batch, *config.area, generator=generator)
-    if axes == 2:
-        lower, upper = (torch.full_like(share, bound).clamp(share, 1 / share).log() for bound in config.aspect)
-        ratio = torch.exp(lower + (upper - lower) * uniform(batch, 0, 1, generator=generator))
-        relative = torch.stack([(share * ratio).sqrt(), (share / ratio).sqrt()], dim=1)
-    else:
-        relative = share[:, None].pow(1 / axes).expand(-1, axes)
     # Filled on the device: a tensor made from a list would be copied there and waited for.
     lengths = torch.stack([torch.full((), float(length), device=device) for length in size])
-    edges = (relative * lengths).round().clamp(min=1).minimum(lengths)
+    if axes == 2:
+        edges = _edges(share, _fitting_ratios(share, config.aspect, lengths, generator), lengths)
+    else:
+        edges = (share[:, None].pow(1 / axes) * lengths).round()
+    edges = edges.clamp(min=1).minimum(lengths)
     room = lengths - edges
     corners = (uniform((batch, axes), 0, 1, generator=generator) * (room + 1)).floor().minimum(room)
     edges = edges * chance(batch, config.probability, generator=generator)[:, None]
     return CutMix(box_mask(corners, edges, size), _next_row(batch, device) if partner is None else partner)
+
+
+def _edges(share: Tensor, ratio: Tensor, lengths: Tensor) -> Tensor:
+    """Height and width of boxes in whole voxels, ``(..., 2)``."""
+    # A little more than 0, so that a whole number that float32 misses is not rounded down to the next.
+    return (torch.stack([(share * ratio).sqrt(), (share / ratio).sqrt()], dim=-1) * lengths + 1e-4).floor()
+
+
+def _fitting_ratios(share: Tensor, bounds: tuple[float, float], lengths: Tensor, generator: torch.Generator) -> Tensor:
+    """Aspect ratios, ``(B,)``, each as probable as the share of the corners at which its box lies in the image."""
+    low, high = bounds
+    cells = torch.arange(_RATIOS, device=share.device) + uniform((len(share), 1), 0, 1, generator=generator)
+    ratios = low + (high - low) * cells / _RATIOS
+    places = (lengths - _edges(share[:, None], ratios, lengths) + 1).clamp(min=0).prod(-1).cumsum(1)
+    drawn = uniform((len(share), 1), 0, 1, generator=generator) * places[:, -1:]
+    chosen = (places <= drawn).sum(1, keepdim=True).clamp(max=_RATIOS - 1)
+    picked = torch.where(places[:, -1:] > 0, ratios.gather(1, chosen), ratios[:, :1])[:, 0]
+    return picked.clamp(share, 1 / share)
 
 
 def sample_half_area(

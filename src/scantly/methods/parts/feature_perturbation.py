@@ -25,21 +25,18 @@ def drop_features(features: Tensor, probability: float, generator: torch.Generat
     return features * kept / (1 - probability)
 
 
-def drop_voxels(
-    features: Tensor, above: tuple[float, float], generator: torch.Generator, *, per_image: bool = True
-) -> Tensor:
+def drop_voxels(features: Tensor, above: tuple[float, float], generator: torch.Generator) -> Tensor:
     """All features of a voxel set to 0 where their mean is among the highest of the image.
 
     Args:
         features: Feature maps.
         above: Bounds of the share of the image's largest mean from which on voxels go.
-        generator: Source of that share.
-        per_image: Draw it for each image; else once for the batch.
+        generator: Source of that share, which is one for the batch, as in the public codes.
     """
     ones = [1] * (features.ndim - 1)
     attention = features.mean(1, keepdim=True)
     largest = attention.flatten(1).amax(1).view(-1, *ones)
-    share = _uniform((len(features) if per_image else 1, *ones), features, above, generator)
+    share = _uniform((1, *ones), features, above, generator)
     return features * (attention < largest * share)
 
 
