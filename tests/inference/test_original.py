@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from scantly.data.plan import Plan
-from scantly.data.prepare import prepare, restore
+from scantly.data.prepare import prepare, restore, restore_map
 from scantly.imaging import Geometry, Image, grid
 from scantly.inference.original import class_maps, label_on_original_grid, largest_components, most_probable
 from scantly.inference.windows import entropy
@@ -40,6 +40,19 @@ def test_class_by_class_equals_all_classes_at_once(values):
     np.testing.assert_allclose(np.stack(list(class_maps(probs, record, plan))), together, atol=1e-6)
     np.testing.assert_array_equal(label_on_original_grid(probs, record, plan), together.argmax(0))
     np.testing.assert_allclose(entropy(class_maps(probs, record, plan)), entropy(together), atol=1e-5)
+
+
+def test_logits_are_resampled_where_they_are_asked_for():
+    """The most probable class is that of interpolated logits, whatever number is added to those of a voxel."""
+    probs, record, plan = case(size=(16, 16, 16))
+    by_probability = label_on_original_grid(probs, record, plan)
+    by_logit = label_on_original_grid(probs, record, plan, resample="logits")
+    logits = np.log(np.maximum(probs, np.finfo(np.float32).tiny))
+    logits = logits + np.random.default_rng(1).normal(size=logits.shape[1:]).astype(np.float32)
+    expected = np.stack([restore_map(each, record, plan, outside=0.0) for each in logits])[:, :, 2:18, 2:15].argmax(0)
+    np.testing.assert_array_equal(by_logit[:, 2:18, 2:15], expected)
+    assert (by_logit != by_probability).any()
+    assert (by_logit[:, :2] == 0).all() and (by_logit[:, :, :2] == 0).all()  # outside the crop: background
 
 
 def test_nearest_plans_take_the_class_first():

@@ -279,6 +279,30 @@ def test_only_chosen_voxels_of_counted_classes_take_the_gradient(level):
     assert loss.item() == pytest.approx(propagation(ANCHORS, VOXELS, negatives=1, level=level)[0].item())
 
 
+def test_voxels_of_the_own_class_are_no_negatives():
+    """The least similar voxel is of class 0 itself; with one negative left the loss is softplus((0 - 1) / 0.5)."""
+    anchors = torch.tensor([[[1.0, 0.0]]])
+    voxels = torch.tensor([[1.0, 0.0], [0.0, 1.0], [-1.0, 0.0]])
+    others = torch.tensor([[False, True, False]])
+    options = {"positives": 1, "negatives": 2, "temperature": 0.5}
+    loss, near, far = label_propagation(anchors, voxels, torch.tensor([True]), allowed=others, **options)
+    assert loss.item() == pytest.approx(math.log1p(math.exp(-2.0)), abs=1e-6)
+    assert (near.item(), far.item()) == (1.0, 0.0)
+
+
+def test_a_class_without_a_negative_does_not_count():
+    anchors = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    voxels = torch.tensor([[1.0, 0.0], [0.6, 0.8], [-1.0, 0.0]], requires_grad=True)
+    options = {"positives": 1, "negatives": 2, "temperature": 0.5}
+    allowed = torch.tensor([[False, False, False], [True, False, True]])
+    both = label_propagation(anchors, voxels, torch.tensor([True, True]), allowed=allowed, **options)
+    alone = label_propagation(anchors[1:], voxels, torch.tensor([True]), allowed=allowed[1:], **options)
+    for ours, expected in zip(both, alone, strict=True):
+        torch.testing.assert_close(ours, expected)
+    both[0].backward()
+    assert torch.isfinite(voxels.grad).all()
+
+
 def test_without_a_class_label_propagation_is_zero_and_so_is_its_gradient():
     voxels = VOXELS.clone().requires_grad_()
     loss, near, far = propagation(torch.zeros(2, 3, 2), voxels, (False, False))

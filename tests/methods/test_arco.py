@@ -17,7 +17,14 @@ from scantly.training.config import TrainingSection
 from scantly.training.optimizers import learning_rate
 
 ARGUMENTS = {"widths": [4, 8, 16]}
-SMALL = {"dense_channels": 6, "anchors": 16, "negatives_per_anchor": 8, "queue_length": 8, "global_channels": 12}
+SMALL = {
+    "dense_channels": 6,
+    "anchors": 16,
+    "negatives_per_anchor": 8,
+    "queue_length": 8,
+    "global_channels": 12,
+    "nearest_neighbor_weight": 1.0,
+}
 
 
 def batch(dims=2, labeled=2, unlabeled=3, classes=3, seed=0):
@@ -319,6 +326,15 @@ def test_both_instance_terms_get_the_temperatures(settings, expected):
 
 
 GLOBAL, LOCAL = ("pretraining", "instance_global"), ("pretraining", "instance_local")
+
+
+def test_the_nearest_neighbor_term_is_off_unless_asked_for():
+    assert ARCO.Config().nearest_neighbor_weight == 0
+    made = method(nearest_neighbor_weight=ARCO.Config().nearest_neighbor_weight)
+    assert "nearest_neighbor" not in made.losses(batch(), Progress(0, 10, "contrast"))
+    assert not hasattr(made, "pool")
+
+
 CONTRAST, NEIGHBOR = ("contrast", "contrast"), ("contrast", "nearest_neighbor")
 PSEUDO, WARPED = ("contrast", "unsupervised"), ("contrast", "equivariance")
 ALL = {"confidence_threshold": 0.0, "equivariance_weight": 1.0}

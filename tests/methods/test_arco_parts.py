@@ -19,7 +19,13 @@ from scantly.methods.parts.arco_instance import (
     crop_geometry,
     instance_terms,
 )
-from scantly.methods.parts.arco_sets import class_sets, complement_negatives, rank_bounds, rank_negatives
+from scantly.methods.parts.arco_sets import (
+    class_sets,
+    complement_negatives,
+    rank_bounds,
+    rank_negatives,
+    released_negatives,
+)
 from scantly.methods.parts.samplers import grid_order
 
 
@@ -198,6 +204,51 @@ def test_sets_are_those_of_slow_loops(classes, size):
                 confused = low <= rank < high and bool(uncertain[image].flatten()[voxel])
                 admitted = (rank < low if image < 2 else confused) and bool(p[c] < 0.9)
                 assert found[c, at] == (label not in (c, -1) and admitted)
+
+
+@pytest.mark.parametrize("classes", [3, 4, 6])
+def test_the_released_bank_holds_unlabeled_voxels_of_the_class_itself(classes):
+    labels, probs, certain, _ = seen_voxels(classes)
+    labels[3, 0] = -1
+    uncertain = torch.rand(labels.shape, generator=generator(9)) < 0.5
+    sets = class_sets(labels, certain, probs, anchor_probability=0.3)
+    found = released_negatives(sets, labels, probs, uncertain, 2, low=3, high=20, largest_probability=0.9)
+    voxels, hits = labels[0].numel(), 0
+    for image in range(len(labels)):
+        for voxel in range(voxels):
+            label, p = int(labels[image].flatten()[voxel]), probs[image].flatten(1)[:, voxel]
+            order = sorted(range(classes), key=lambda c: -float(p[c]))
+            for c in range(classes):
+                unsure = bool(uncertain[image].flatten()[voxel])
+                expected = image >= 2 and label == c and order.index(c) >= 3 and unsure and bool(p[c] < 0.9)
+                assert found[c, image * voxels + voxel] == expected
+                hits += expected
+    assert (hits > 0) == (classes > 3)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_with_the_released_bank_anchors_are_repelled_by_its_first_vector(dims):
+    """With two classes nothing enters the bank: of zeros in 2D, where -log(e^(s/t) / (e^(s/t) + m)) is left."""
+    config = ContrastConfig(anchors=8, negatives_per_anchor=16, negatives="released")
+    whole = Task(1, ("background", "a"), dims, (8,) * dims)
+    torch.manual_seed(0)
+    module = VoxelContrast(config, whole, 5)
+    g, size = generator(), (8,) * dims
+    labels = torch.randint(0, 2, (3, *size), generator=g)
+    probs = torch.rand(3, 2, *size, generator=g).softmax(1)
+    teacher, student = torch.randn(2, 3, 5, *size, generator=g)
+    seen = Seen(labels, torch.ones_like(labels, dtype=torch.bool), probs[1:], probs, teacher)
+
+    def features_at(index):
+        return student.movedim(1, -1).flatten(0, -2)[index]
+
+    term, watched = module(features_at, seen, 0.2, g)
+    assert [bank.filled.item() for bank in module.banks] == [1, 1]
+    assert watched["contrast_classes"] == 2
+    assert all((bank.values[0].abs().sum() == 0) == (dims == 2) for bank in module.banks)
+    if dims == 2:
+        assert watched["negative_similarity"] == 0
+    assert term.item() > 0
 
 
 @pytest.mark.parametrize("classes", [2, 3, 4, 8])

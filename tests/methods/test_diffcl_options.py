@@ -243,7 +243,7 @@ def test_specified_settings_are_the_defaults():
     assert (config.ds_gradient_clip, config.ds_mse, config.network_dropout) == (1.0, False, False)
     assert (config.temperature, config.embedding, config.queue, config.pushed) == (0.1, 32, 2048, 256)
     assert (config.anchors, config.candidates, config.positives, config.negatives) == (64, 1024, 32, 256)
-    assert (config.pair_level, config.candidate_sampling, config.correct_only) == ("class", "uniform", True)
+    assert (config.pair_level, config.candidate_sampling, config.correct_only) == ("class", "stratified", True)
     assert (config.share_head, config.proj_stride) == (True, 1)
     assert (config.hf_in, config.hf_extractor, config.hf_directions, config.hf_token_stride) == (
         ("cs",),

@@ -7,7 +7,7 @@ import torch
 
 from scantly.errors import ConfigError
 from scantly.losses import soft_dice_per_image
-from scantly.losses.local_contrastive import class_masks
+from scantly.losses.local_contrastive import class_masks, mean_over_pairs
 from scantly.methods.base import Batch, Progress, Rows, Task
 from scantly.methods.lclpl import LCLPL
 from scantly.methods.parts.samplers import sample
@@ -23,7 +23,7 @@ def make_task(dims=2, classes=CLASSES, side=16, **arguments):
 
 def make_method(dims=2, classes=CLASSES, side=16, **settings):
     torch.manual_seed(0)
-    method = LCLPL(make_task(dims, classes, side), LCLPL.Config(**settings)).train()
+    method = LCLPL(make_task(dims, classes, side), LCLPL.Config(**{"contrast_weight": 0.1, **settings})).train()
     method.generator = torch.Generator().manual_seed(0)
     return method
 
@@ -483,3 +483,11 @@ def test_joint_training_pulls_classes_together(variant, least):
     assert losses[-1][0] < 0.3 * losses[0][0]
     assert least <= losses[-1][1] < least + 0.3 < losses[0][1]
     assert gaps[-1] > gaps[0] + 0.2
+
+
+def test_the_default_weight_is_the_released_one_in_effect():
+    """Ten complete pairs of three classes with equal sums: 0.1 times the released value is 0.0106 times the mean."""
+    sums, anchors = torch.full((10,), 36.0), torch.full((10,), 18)
+    released = mean_over_pairs(sums, anchors, 9, variant="inter", normalization="released")
+    correct = mean_over_pairs(sums, anchors, 9, variant="inter", normalization=LCLPL.Config().normalization)
+    assert LCLPL.Config().contrast_weight * correct.item() == pytest.approx(0.1 * released.item(), rel=2e-3)

@@ -311,22 +311,25 @@ def test_means_do_not_depend_on_the_memory_layout(layout):
 
 def test_the_best_of_each_class_are_taken_and_ties_in_order():
     scores = torch.tensor([0.5, 0.9, 0.9, 0.1, 0.2, 0.7, 0.7, 0.7])
-    index, counts = select(scores, (4, 0, 1, 3), 2, weighted=False, generator=rng())
+    index, counts = select(scores, (4, 0, 1, 3), (2, 2, 2, 2), weighted=False, generator=rng())
     assert index.tolist() == [1, 2, 4, 5, 6]
     assert counts == [2, 0, 1, 2]
+    index, counts = select(scores, (4, 0, 1, 3), (3, 0, 0, 1), weighted=False, generator=rng())
+    assert index.tolist() == [1, 2, 0, 5]
+    assert counts == [3, 0, 0, 1]
 
 
 def test_a_weighted_draw_takes_each_patch_as_often_as_its_weight_says():
     scores = torch.tensor([0.209531, 0.824244])
     generator = rng()
-    first = sum(select(scores, (2,), 1, weighted=True, generator=generator)[0][0].item() == 0 for _ in range(2000))
+    first = sum(select(scores, (2,), (1,), weighted=True, generator=generator)[0][0].item() == 0 for _ in range(2000))
     assert first / 2000 == pytest.approx(0.202686, abs=0.03)
 
 
 def test_a_weighted_draw_is_without_replacement_and_takes_a_score_of_zero_last():
     scores = torch.tensor([0.0, 0.5, 0.5, 0.5])
     generator = rng()
-    draws = [select(scores, (4,), 3, weighted=True, generator=generator)[0].tolist() for _ in range(200)]
+    draws = [select(scores, (4,), (3,), weighted=True, generator=generator)[0].tolist() for _ in range(200)]
     assert all(len(set(draw)) == 3 for draw in draws)
     assert sum(0 in draw for draw in draws) < 10
 

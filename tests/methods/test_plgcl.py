@@ -369,3 +369,33 @@ def test_the_coverage_of_the_patches_moves_the_thresholds(rule, kept, thresholds
     assert method.contrast.coverage.tolist() == pytest.approx(thresholds, abs=1e-6)
     logged = method.pop_logged()
     assert [logged[f"patches/{name}"] for name in CLASSES] == kept
+
+
+@pytest.mark.parametrize(("share", "kept"), [(0.5, 0.5), (0.25, 0.25), (1.0, 1.0)])
+def test_a_budget_above_the_supply_still_selects_among_guessed_patches(share, kept, monkeypatch):
+    """All patches of labeled images, and of the others the share of least entropy, whatever the budget."""
+    method, batch = make(patch_size=4, patch_budget=3000, guessed_share=share), make_batch()
+    taken, original = {}, method.contrast._selected
+
+    def spy(boxes, number, teacher, guide, generator):
+        selected = original(boxes, number, teacher, guide, generator)
+        for name, part in (("before", boxes), ("after", selected)):
+            taken[name] = [
+                [int(((part.label == k) & ((part.image >= 2) == guessed)).sum()) for guessed in (False, True)]
+                for k in range(3)
+            ]
+        return selected
+
+    monkeypatch.setattr(method.contrast, "_selected", spy)
+    method.teacher = Fixed([0.2, 0.7, 0.1])
+    monkeypatch.setattr("scantly.methods.parts.patch_contrast.embed", lambda n, h, p: torch.ones(len(p), 128))
+    method.losses(batch, at("joint"))
+    logged = method.pop_logged()
+    for k, name in enumerate(CLASSES):
+        (given, guessed), (given_kept, guessed_kept) = taken["before"][k], taken["after"][k]
+        assert given_kept == given
+        assert guessed_kept == math.ceil(kept * guessed)
+        assert logged[f"kept_patches/{name}"].item() == pytest.approx(
+            (given_kept + guessed_kept) / max(given + guessed, 1)
+        )
+    assert sum(guessed for _, guessed in taken["before"]) > 3

@@ -141,3 +141,23 @@ def test_a_network_with_one_decoder_level_is_refused():
     task = Task(1, ("background", "a"), 2, (16, 16), "unet", {"widths": [4, 8], "dropout": [0.0, 0.0]})
     with pytest.raises(ConfigError, match="three numbers or more"):
         kind(task, kind.Config())
+
+
+@pytest.mark.parametrize(("network", "gain"), [("unet3d", 2.0), ("dynunet", 2 / (1 + 0.01**2))])
+def test_heads_are_initialized_as_the_networks_own(network, gain):
+    """Kaiming's variance, 2 / (1 + a^2) over the inputs, where the backbone has it: 4096 weights, 10 errors."""
+    torch.manual_seed(0)
+    kind = catalogue.load("urpc")
+    arguments = {"widths": [8, 16, 256, 256]}
+    if network == "dynunet":
+        arguments |= {"kernel_sizes": [[3] * 3] * 4, "strides": [[1] * 3, *[[2] * 3] * 3]}
+    method = kind(Task(1, tuple("abcdefghijklmnop"), 3, (16,) * 3, network, arguments), kind.Config())
+    weights = method.heads[0].weight
+    assert weights.shape == (16, 256, 1, 1, 1)
+    assert weights.var().item() * 256 == pytest.approx(gain, rel=10 * (2 / 4096) ** 0.5)
+
+
+def test_heads_of_a_network_without_an_initialization_of_its_own_have_torchs():
+    """Uniform within 1 / sqrt(inputs)."""
+    heads = make(3, "vnet").heads
+    assert all(head.weight.abs().max() <= head.in_channels**-0.5 for head in heads)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from typing import Literal
 
 import numpy as np
 from scipy import ndimage
@@ -11,6 +12,8 @@ from scantly.data.plan import Plan
 from scantly.data.prepare import Record, restore_label, restore_map
 
 __all__ = ["class_maps", "label_on_original_grid", "largest_components", "most_probable"]
+
+_LEAST = np.finfo(np.float32).tiny
 
 
 def class_maps(probs: np.ndarray, record: Record, plan: Plan) -> Iterator[np.ndarray]:
@@ -54,24 +57,37 @@ def most_probable(maps: Iterable[np.ndarray]) -> np.ndarray:
 
 
 def label_on_original_grid(
-    probs: np.ndarray, record: Record, plan: Plan, *, largest_component: bool = False
+    probs: np.ndarray,
+    record: Record,
+    plan: Plan,
+    *,
+    largest_component: bool = False,
+    resample: Literal["probabilities", "logits"] = "probabilities",
 ) -> np.ndarray:
     """Class indices on the scan's own grid.
 
     Where the plan resamples by nearest neighbor (the literature's ACDC preparation), the most probable class
-    is taken first and the label map resized, as published; else probabilities are resampled first.
+    is taken first and the label map resized, as published; else probabilities are resampled first, or logits.
 
     Args:
         probs: ``(classes, D, H, W)`` in prepared space.
         record: What the preparation did to this scan.
         plan: The plan.
         largest_component: Keep the largest component of each foreground class.
+        resample: What is resampled. Of logits their softmax's logarithm is: they differ by one number per voxel, and so
+            do their interpolations, which leaves the order of the classes alone.
 
     Returns:
         ``(D, H, W)`` of the original scan, unsigned integers.
     """
     if plan.interpolation == "nearest":
         labels = restore_label(most_probable(probs), record, plan)
+    elif resample == "logits":
+        logs = (np.log(np.maximum(values, _LEAST)) for values in probs)
+        labels = most_probable(
+            restore_map(values, record, plan, outside=0.0 if index == 0 else float(np.log(_LEAST)))
+            for index, values in enumerate(logs)
+        )
     else:
         labels = most_probable(class_maps(probs, record, plan))
     return largest_components(labels) if largest_component else labels

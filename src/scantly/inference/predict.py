@@ -146,7 +146,8 @@ class Predictor:
             )
         del prepared
         try:
-            labels = label_on_original_grid(probs, record, plan, largest_component=self.settings.largest_component)
+            largest, resample = self.settings.largest_component, self.settings.resample
+            labels = label_on_original_grid(probs, record, plan, largest_component=largest, resample=resample)
             restored = restore(probs, record, plan) if probabilities else None
             spread = None
             if uncertainty:

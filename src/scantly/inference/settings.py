@@ -38,6 +38,11 @@ class InferenceSettings(Settings):
     largest_component: bool = Field(
         False, description="keep the largest component of each foreground class (full connectivity), as SASSNet, DTC"
     )
+    resample: Literal["probabilities", "logits"] = Field(
+        "probabilities",
+        description="what is interpolated to the scan's own grid before the most probable class is taken; logits: as "
+        "UniMatch's public code; without effect where the plan's interpolation is nearest",
+    )
     batch: int | None = Field(
         None, ge=1, description="windows per forward pass; null: by device; it changes speed and memory only"
     )

@@ -185,6 +185,7 @@ def label_propagation(
     negatives: int,
     temperature: float,
     level: Literal["class", "anchor"] = "class",
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Pull the unlabeled voxels most similar to a class's labeled ones to them, push the least similar ones away.
 
@@ -204,6 +205,8 @@ def label_propagation(
         temperature: ``t``, above 0.
         level: ``class``: candidates are ranked by the mean similarity to the class's anchors; ``anchor``: by each
             anchor on its own. The ranking takes no gradient.
+        allowed: Which candidates may be a class's negatives, ``(G, n_b)`` bool; a class with fewer than ``negatives``
+            of them has all, one without any does not count. ``None``: all.
 
     Returns:
         The loss, a scalar, 0 where no class counts; and, for the log, the mean similarity of anchors with positives
@@ -217,11 +220,20 @@ def label_propagation(
     """
     similarities = cosine_similarities(anchors, candidates)
     order = similarities.detach().mean(1, keepdim=True) if level == "class" else similarities.detach()
-    nearest, farthest = order.topk(positives, dim=2).indices, order.topk(negatives, dim=2, largest=False).indices
+    nearest = order.topk(positives, dim=2).indices
+    if allowed is not None:  # those that may not be negatives come last, and are left out where they are reached
+        order = order.masked_fill(~allowed[:, None], torch.inf)
+        used = used & allowed.any(1)
+    limits, farthest = order.topk(negatives, dim=2, largest=False)
     near, far = (similarities.gather(2, index.expand(-1, similarities.shape[1], -1)) for index in (nearest, farthest))
-    against = (far / temperature).logsumexp(2, keepdim=True)
+    counts = limits.isfinite().expand_as(far)
+    # A finite floor: a class without any negative has a finite gradient too, which the shares make 0.
+    floor = torch.finfo(far.dtype).min
+    against = (far / temperature).masked_fill(~counts, floor).logsumexp(2, keepdim=True)
     per_class = F.softplus(against - near / temperature).mean((1, 2))
     shares = used.to(per_class.dtype) / used.sum().clamp(min=1)
     with torch.no_grad():
-        watched = [(values.mean((1, 2)) * shares).sum() for values in (near, far)]
+        similar = near.mean((1, 2))
+        different = (far * counts).sum((1, 2)) / counts.sum((1, 2)).clamp(min=1)
+        watched = [(values * shares).sum() for values in (similar, different)]
     return (per_class * shares).sum(), watched[0], watched[1]

@@ -22,8 +22,8 @@ class CrossPseudoSupervision(Method):
 
     Chen, Yuan, Zeng and Wang, "Semi-Supervised Semantic Segmentation with Cross Pseudo Supervision", CVPR 2021; for
     medical images as in the public code of SSL4MIS. Both networks learn from the labeled images, and on unlabeled ones
-    from the most probable class that the other predicts (cross-entropy, no threshold). Each has its optimizer, whose poly
-    schedule is advanced before the step, as there.
+    from the most probable class that the other predicts (cross-entropy, no threshold). Each has its optimizer, whose
+    poly schedule is advanced before the step, as there.
 
     Deviations: in the paper labeled images take part in the cross supervision too, its weight is constant (1.5), and
     images may be mixed; the public medical code, and this, take unlabeled images with a ramp up to 0.1 (``rows=all``,

@@ -32,7 +32,8 @@ class DiffCL(Method):
     diffusion network (DS) restores label maps that were noised, given the image: the reference of labeled images, the
     CS prediction of unlabeled ones. The hard prediction of each is the pseudo-label of the other. High-frequency
     Mamba blocks in skip connections bring detail from the whole volume; a contrastive term pulls the unlabeled CS
-    features most like a class's stored labeled DS features to it and pushes the least similar ones away.
+    features most like a class's stored labeled DS features to it and pushes the least similar ones away, of those that
+    CS predicts as another class.
 
         L_DS = L_s + mu1 L_p;   L_CS = L_s + mu2 (L_p + eta L_cl)
 

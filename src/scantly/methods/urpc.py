@@ -38,10 +38,11 @@ class PyramidConsistency(Method):
     - 3D: whole channels are dropped after every level of the decoder, also for the levels above (p = 0.5, 0.3, 0.2, 0.1
       from the coarsest).
 
-    Deviations: the public 3D code has a 3D U-Net; here every backbone is possible, with its own dropout beside this
-    one. A network with more or fewer than four decoder levels has a head on each: the three kinds of perturbation go in
-    turn, and the rates belong to the scales, the first to all that are coarser. The divergence is that of the code,
-    KL(mean || scale).
+    Deviations: the public 3D code has a 3D U-Net without any other dropout (``network.arguments.dropout=0`` of
+    ``unet3d``, as the literature kind of recipe ``brats2019`` says); here every backbone is possible, with its own
+    dropout beside this one. A network with more or fewer than four decoder levels has a head on each: the three kinds
+    of perturbation go in turn, and the rates belong to the scales, the first to all that are coarser. The divergence is
+    that of the code, KL(mean || scale).
     """
 
     class Config(RampConfig, SupervisionConfig):
@@ -80,7 +81,7 @@ class PyramidConsistency(Method):
         dims, kernel = task.spatial_dims, _KERNEL[task.spatial_dims]
         self.heads = nn.ModuleList(  # coarsest first
             CONV[dims](width, task.num_classes, kernel, padding=kernel // 2) for width in self.network.widths[-2:0:-1]
-        )
+        ).apply(self.network.initialize)
         self.perturbation = _PERTURBATION[dims] if config.perturbation == "auto" else config.perturbation
         levels, rates = len(self.network.decoder), config.decoder_dropout[-len(self.network.decoder) :]
         rates = (rates[0],) * (levels - len(rates)) + rates

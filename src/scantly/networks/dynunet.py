@@ -81,11 +81,13 @@ class DynUNet(EncoderDecoder):
         self.head = UnetOutBlock(spatial_dims, self.widths[0], out_channels)
         coarser = range(1, depth - 2) if deep_supervision else ()
         self.coarser_heads = nn.ModuleList(UnetOutBlock(spatial_dims, self.widths[i], out_channels) for i in coarser)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
-                nn.init.kaiming_normal_(module.weight, a=_SLOPE)
-                if module.bias is not None:
-                    nn.init.zeros_(module.bias)
+        self.apply(self.initialize)
+
+    def initialize(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d | nn.Conv3d | nn.ConvTranspose2d | nn.ConvTranspose3d):
+            nn.init.kaiming_normal_(module.weight, a=_SLOPE)
+            if module.bias is not None:
+                nn.init.zeros_(module.bias)
 
     def decode_all(self, features: Sequence[Tensor]) -> list[Tensor]:
         heads = [self.head, *self.coarser_heads]

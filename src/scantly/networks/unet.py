@@ -131,6 +131,8 @@ class UNet3D(EncoderDecoder):
             for level, (skip, deep) in reversed(list(enumerate(pairwise(widths))))
         )
         self.head = CONV[spatial_dims](widths[0], out_channels, 1)
-        for module in self.modules():
-            if isinstance(module, nn.Conv2d | nn.Conv3d):
-                nn.init.kaiming_normal_(module.weight)
+        self.apply(self.initialize)
+
+    def initialize(self, module: nn.Module) -> None:
+        if isinstance(module, nn.Conv2d | nn.Conv3d):
+            nn.init.kaiming_normal_(module.weight)

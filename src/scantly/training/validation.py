@@ -67,8 +67,13 @@ def validate(
                     device=device,
                     settings=inference,
                 )
-            record, largest = store.record(case), inference.largest_component
-            labels = label_on_original_grid(probs, record, plan, largest_component=largest)
+            labels = label_on_original_grid(
+                probs,
+                store.record(case),
+                plan,
+                largest_component=inference.largest_component,
+                resample=inference.resample,
+            )
             table[index] = dice_per_class(labels, dataset.read_label(case).array, len(dataset.classes))
     table = sum_over_ranks(torch.from_numpy(table)).numpy()
     counted = (~np.isnan(table)).any(axis=0)

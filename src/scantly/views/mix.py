@@ -73,11 +73,11 @@ def sample_cutmix(
 ) -> CutMix:
     """Draw one box per image.
 
-    In 2D as UniMatch draws them: the share of the area is uniform between its bounds; then aspect ratio and corner, both
-    uniform, are drawn again until the box lies in the image. Here they are drawn once, from the distribution that this
-    leads to, since drawing again would wait for the device: an aspect ratio is the more probable the more places its box
-    has, and the place is uniform among them. Edges are whole voxels, rounded down. Where no ratio between the bounds
-    fits, the nearest one that does is taken. In 3D the box has the proportions of the patch.
+    In 2D as UniMatch draws them: the share of the area is uniform between its bounds; then aspect ratio and corner,
+    both uniform, are drawn again until the box lies in the image. Here they are drawn once, from the distribution that
+    this leads to, since drawing again would wait for the device: an aspect ratio is the more probable the more places
+    its box has, and the place is uniform among them. Edges are whole voxels, rounded down. Where no ratio between the
+    bounds fits, the nearest one that does is taken. In 3D the box has the proportions of the patch.
 
     Args:
         config: Probability and bounds.

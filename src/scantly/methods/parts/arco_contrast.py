@@ -19,6 +19,8 @@ from scantly.methods.parts.arco_sets import (
     complement_negatives,
     rank_bounds,
     rank_negatives,
+    released_negatives,
+    released_rank_bounds,
 )
 from scantly.methods.parts.memory_bank import MemoryBank
 from scantly.methods.parts.samplers import Ordering, SamplerKind, draw_ranks, grid_order, sample
@@ -48,21 +50,29 @@ class ContrastConfig(MethodConfig):
         20.0, ge=0, le=50, description="Share of unlabeled voxels of low entropy at first, percent; falls to 0."
     )
     published_epochs: int = Field(200, ge=1, description="The entropy share falls in so many steps over the stage.")
-    negatives: Literal["complement", "rank"] = Field(
-        "complement", description="Confident voxels of other classes, or a bank of likely confusions (U2PL)."
+    negatives: Literal["complement", "rank", "released"] = Field(
+        "complement",
+        description="Confident voxels of other classes (paper); a bank of voxels that may be mistaken for the class "
+        "(U2PL); or the released code's bank of voxels of the class itself.",
     )
     negative_confidence: float = Field(
         0.7, ge=0, le=1, description="complement, and equivariance: from which a pseudo-label is trusted."
     )
     negative_probability: float = Field(
-        0.97, ge=0, le=1, description="rank: the teacher gives the class less than this."
+        0.97, ge=0, le=1, description="rank, released: the teacher gives the class less than this."
     )
     rank_low: int | None = Field(
-        None, ge=0, description="rank: first rank of a confused class; none: 3, less for few classes."
+        None,
+        ge=0,
+        description="rank, released: first rank of an improbable class; none: 3, with rank less for few classes.",
     )
-    rank_high: int | None = Field(None, ge=1, description="rank: ranks are below this; none: 20, or the classes.")
-    bank_size: int = Field(30_000, ge=1, description="rank: stored voxels per class.")
-    bank_size_background: int = Field(50_000, ge=1, description="rank: stored voxels of the background's bank.")
+    rank_high: int | None = Field(
+        None, ge=1, description="rank, released: ranks are below this; none: 20, or the classes."
+    )
+    bank_size: int = Field(30_000, ge=1, description="rank, released: stored voxels per class.")
+    bank_size_background: int = Field(
+        50_000, ge=1, description="rank, released: stored voxels of the background's bank."
+    )
 
     @field_validator("rank_high")
     @classmethod
@@ -119,10 +129,17 @@ class VoxelContrast(nn.Module):
         self.groups = config.groups_per_axis**task.spatial_dims
         self.ranks = rank_bounds(task.num_classes, config.rank_low, config.rank_high)
         self.banks = nn.ModuleList()
+        if config.negatives == "complement":
+            return
+        sizes = [config.bank_size_background, *[config.bank_size] * (task.num_classes - 1)]
+        self.banks.extend(MemoryBank(size, (channels,)) for size in sizes)
         if config.negatives == "rank":
             _check_ranks(*self.ranks, task.num_classes)
-            sizes = [config.bank_size_background, *[config.bank_size] * (task.num_classes - 1)]
-            self.banks.extend(MemoryBank(size, (channels,)) for size in sizes)
+        else:
+            self.ranks = released_rank_bounds(config.rank_low, config.rank_high)
+            for bank in self.banks:  # what the released banks begin with
+                first = torch.zeros(1, channels) if task.spatial_dims == 2 else unit(torch.randn(1, channels))
+                cast(MemoryBank, bank).append(first)
 
     def forward(
         self,
@@ -212,7 +229,7 @@ class VoxelContrast(nn.Module):
             masks = complement_negatives(sets, seen.trusted)
             places, counts = sample(config.sampler, masks, draws, self.groups, generator, order=order, permute=True)
             return [units] * len(masks), places, counts
-        masks = rank_negatives(
+        masks = (rank_negatives if config.negatives == "rank" else released_negatives)(
             sets,
             seen.labels,
             seen.teacher_probs,

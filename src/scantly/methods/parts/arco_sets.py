@@ -9,7 +9,15 @@ from torch import Tensor
 
 from scantly.losses import IGNORED
 
-__all__ = ["VoxelSets", "class_sets", "complement_negatives", "rank_bounds", "rank_negatives"]
+__all__ = [
+    "VoxelSets",
+    "class_sets",
+    "complement_negatives",
+    "rank_bounds",
+    "rank_negatives",
+    "released_negatives",
+    "released_rank_bounds",
+]
 
 
 @dataclass(frozen=True)
@@ -97,13 +105,60 @@ def rank_negatives(
     Returns:
         ``(C, N)`` bool.
     """
-    # Sorted stably, so that equal probabilities still have ranks of their own.
-    rank = _by_class(probs.argsort(dim=1, descending=True, stable=True).argsort(dim=1))
-    voxel = torch.arange(labels.numel(), device=labels.device)
-    of_labeled = voxel < labeled * (labels.numel() // max(len(labels), 1))
+    rank, of_labeled = _ranks(probs), _of_labeled(labels, labeled)
     confused = (rank >= low) & (rank < high) & uncertain.flatten()
     admitted = torch.where(of_labeled, rank < low, confused) & (_by_class(probs) < largest_probability)
     return admitted & ~sets.members & (labels.flatten() != IGNORED)
+
+
+def released_rank_bounds(low: int | None, high: int | None) -> tuple[int, int]:
+    """Those of :func:`released_negatives`: 3 and 20 unless given, whatever the number of classes."""
+    return 3 if low is None else low, 20 if high is None else high
+
+
+def released_negatives(
+    sets: VoxelSets,
+    labels: Tensor,
+    probs: Tensor,
+    uncertain: Tensor,
+    labeled: int,
+    *,
+    low: int,
+    high: int,
+    largest_probability: float,
+) -> Tensor:
+    """What ARCO's released code appends to the bank of a class: voxels *of* it that its teacher finds unlikely to be.
+
+    Unlabeled uncertain voxels with the class as pseudo-label, whose rank among the probabilities on the mixed image is
+    in ``[low, high)``. Labeled voxels would have to have the label and not to have it, so there are none.
+
+    Args:
+        sets: Of :func:`class_sets`.
+        labels: As for :func:`rank_negatives`.
+        probs: As for :func:`rank_negatives`.
+        uncertain: As for :func:`rank_negatives`.
+        labeled: As for :func:`rank_negatives`.
+        low: Of :func:`released_rank_bounds`.
+        high: Of :func:`released_rank_bounds`.
+        largest_probability: The class's probability is below this.
+
+    Returns:
+        ``(C, N)`` bool.
+    """
+    rank, of_labeled = _ranks(probs), _of_labeled(labels, labeled)
+    unlikely = (rank >= low) & (rank < high) & (_by_class(probs) < largest_probability)
+    return unlikely & uncertain.flatten() & sets.members & ~of_labeled
+
+
+def _ranks(probs: Tensor) -> Tensor:
+    """Place of each class among the probabilities of a voxel, 0 the largest, ``(C, N)``; equal ones in their order."""
+    return _by_class(probs.argsort(dim=1, descending=True, stable=True).argsort(dim=1))
+
+
+def _of_labeled(labels: Tensor, labeled: int) -> Tensor:
+    """Which voxels are of labeled rows, ``(N,)``."""
+    voxel = torch.arange(labels.numel(), device=labels.device)
+    return voxel < labeled * (labels.numel() // max(len(labels), 1))
 
 
 def _by_class(maps: Tensor) -> Tensor:

@@ -49,6 +49,13 @@ class PatchContrastConfig(MethodConfig):
         "network (not published).",
     )
     patch_budget: int = Field(128, ge=2, description="Patches per step, shared by the classes that are present.")
+    guessed_share: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Joint stage: of each class at most this share of the patches cut along pseudo-labels is taken, "
+        "so that the best are, also where the budget exceeds the supply; 1: as many as the budget allows.",
+    )
     sampling_metric: Literal["entropy", "confidence", "cosine", "random"] = Field(
         "entropy",
         description="What makes a patch a good one in the joint stage: low average entropy, high mean probability of "
@@ -219,7 +226,8 @@ class PatchContrast(nn.Module):
         if filters:
             self.coverage.copy_(torch.tensor(following), non_blocking=True)
             self.coverage_updates += 1
-        return boxes.to(guide.labels.device)
+        guessed = boxes.label[boxes.image >= guide.labeled].bincount(minlength=len(self.classes)).tolist()
+        return dataclasses.replace(boxes, guessed=tuple(guessed)).to(guide.labels.device)
 
     @torch.no_grad()
     def _selected(
@@ -228,8 +236,12 @@ class PatchContrast(nn.Module):
         """The best ``number`` patches of each class."""
         scores = self._scores(boxes, teacher, guide, generator)
         weighted = self.config.sampling == "weighted"
-        index, counts = select(scores, boxes.counts, number, weighted=weighted, generator=generator)
+        left = [guessed - math.ceil(self.config.guessed_share * guessed) for guessed in boxes.guessed]
+        most = [min(number, count - spared) for count, spared in zip(boxes.counts, left, strict=True)]
+        index, counts = select(scores, boxes.counts, most, weighted=weighted, generator=generator)
         selected = boxes.take(index, counts)
+        for name, count, before in zip(self.classes, counts, boxes.counts, strict=True):
+            self.log(f"kept_patches/{name}", torch.tensor(count / max(before, 1)))
         unlabeled = (boxes.image >= guide.labeled).sum().clamp(min=1)
         self.log("accepted_unlabeled_patches", (selected.image >= guide.labeled).sum() / unlabeled)
         self.log("score_of_patches", mean_of_rows(scores))

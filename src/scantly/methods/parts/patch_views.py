@@ -89,14 +89,14 @@ def box_means(maps: Tensor, boxes: Boxes) -> Tensor:
 
 
 def select(
-    scores: Tensor, counts: Sequence[int], most: int, *, weighted: bool, generator: torch.Generator
+    scores: Tensor, counts: Sequence[int], most: Sequence[int], *, weighted: bool, generator: torch.Generator
 ) -> tuple[Tensor, list[int]]:
     """The best patches of each class.
 
     Args:
         scores: Of all patches, class by class, ``(M,)``; higher is better.
         counts: Patches of each class.
-        most: Patches to be taken per class; a class with fewer keeps all.
+        most: Patches to be taken of each class; a class with fewer keeps all.
         weighted: Draw without replacement with weight ``max(score, 0.001)`` instead of taking the highest scores,
             of which equal ones are taken in their order.
         generator: Source of the draws, on the device of the scores; used where ``weighted``.
@@ -107,8 +107,9 @@ def select(
     keys = -scores
     if weighted:  # an exponential variate over the weight: the smallest are such a draw (Efraimidis and Spirakis)
         keys = -torch.log1p(-uniform(len(scores), 0, 1, generator=generator)) / scores.clamp(min=_LEAST_WEIGHT)
-    index = [first + each.sort(stable=True).indices[:most] for first, each in _by_class(keys, counts)]
-    return torch.cat(index), [min(count, most) for count in counts]
+    ordered = [first + each.sort(stable=True).indices for first, each in _by_class(keys, counts)]
+    taken = [min(pair) for pair in zip(counts, most, strict=True)]
+    return torch.cat([index[:number] for index, number in zip(ordered, taken, strict=True)]), taken
 
 
 def resample(counts: Sequence[int], number: int, *, generator: torch.Generator) -> Tensor:

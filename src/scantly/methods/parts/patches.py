@@ -11,7 +11,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -74,6 +74,7 @@ class Boxes:
         sides: Sides of all patches, voxels.
         counts: Patches of each class, known to the host; classes without any are 0.
         of_ranks: The same of every rank, where there are several, before any selection.
+        guessed: How many of ``counts`` are cut along pseudo-labels, before any selection; none where it is empty.
     """
 
     label: Tensor
@@ -82,6 +83,7 @@ class Boxes:
     sides: tuple[int, ...]
     counts: tuple[int, ...]
     of_ranks: tuple[tuple[int, ...], ...] = ()
+    guessed: tuple[int, ...] = ()
 
     @property
     def present(self) -> list[int]:
@@ -91,12 +93,14 @@ class Boxes:
 
     def take(self, index: Tensor, counts: Sequence[int]) -> Boxes:
         """Those of ``index`` ``(n,)``, class by class, of which there are ``counts``."""
-        return Boxes(self.label[index], self.image[index], self.start[index], self.sides, tuple(counts), self.of_ranks)
+        return replace(
+            self, label=self.label[index], image=self.image[index], start=self.start[index], counts=tuple(counts)
+        )
 
     def to(self, device: torch.device) -> Boxes:
         """The same on a device, without waiting for it."""
         table = torch.cat([self.label[:, None], self.image[:, None], self.start], 1).to(device, non_blocking=True)
-        return Boxes(table[:, 0], table[:, 1], table[:, 2:], self.sides, self.counts, self.of_ranks)
+        return replace(self, label=table[:, 0], image=table[:, 1], start=table[:, 2:])
 
 
 def tile_starts(start: int, length: int, side: int, size: int) -> list[int]:

@@ -34,12 +34,16 @@ class PropagationConfig(MethodConfig):
     anchors: int = Field(64, ge=1, description="Stored voxels drawn per class; a class that has fewer is left out.")
     candidates: int = Field(1024, ge=2, description="Unlabeled voxels drawn per step, for all classes together.")
     positives: int = Field(32, ge=1, description="The so many most similar candidates are pulled to a class.")
-    negatives: int = Field(256, ge=1, description="The so many least similar ones are pushed away.")
+    negatives: int = Field(
+        256, ge=1, description="The so many least similar ones that are predicted as another class are pushed away."
+    )
     pair_level: Literal["class", "anchor"] = Field(
         "class", description="Candidates are ranked by their mean similarity to a class, or by each anchor."
     )
     candidate_sampling: Literal["uniform", "stratified"] = Field(
-        "uniform", description="stratified: equally many of each predicted class; for foregrounds below 3 %."
+        "stratified",
+        description="stratified: equally many of each predicted class, so that each has negatives of other classes; "
+        "uniform: of all voxels, most of which are background.",
     )
     share_head: bool = Field(
         True, description="One embedding for both networks; false: the diffusion network's stays as it was drawn."
@@ -105,7 +109,7 @@ class LabelPropagation(nn.Module):
 
         Args:
             features: Of unlabeled rows, ``(B, width, *spatial)``.
-            predicted: Their predicted classes, ``(B, *spatial)`` int64, for stratified draws.
+            predicted: Their predicted classes, ``(B, *spatial)`` int64: no voxel is a negative of its own class.
             generator: Source of the draws.
 
         Returns:
@@ -114,10 +118,12 @@ class LabelPropagation(nn.Module):
         config = self.config
         predicted = self._strided(predicted).flatten()
         embedded = self.head(self._pooled(features))
-        candidates = unit(_at(embedded, self._candidates(predicted, generator)))
+        drawn = self._candidates(predicted, generator)
+        candidates = unit(_at(embedded, drawn))
+        others = predicted[drawn] != torch.arange(self.classes, device=predicted.device)[:, None]
         banks = [cast(MemoryBank, bank) for bank in self.banks]
-        drawn, _ = draw_distinct(torch.stack([bank.valid for bank in banks]), config.anchors, generator)
-        anchors = torch.stack([bank.values[places] for bank, places in zip(banks, drawn, strict=True)])
+        stored, _ = draw_distinct(torch.stack([bank.valid for bank in banks]), config.anchors, generator)
+        anchors = torch.stack([bank.values[places] for bank, places in zip(banks, stored, strict=True)])
         used = torch.stack([bank.filled for bank in banks]) >= config.anchors
         loss, near, far = label_propagation(
             anchors,
@@ -127,6 +133,7 @@ class LabelPropagation(nn.Module):
             negatives=config.negatives,
             temperature=config.temperature,
             level=config.pair_level,
+            allowed=others,
         )
         watched = {
             "positive_similarity": near,
