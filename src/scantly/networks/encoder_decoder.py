@@ -74,7 +74,7 @@ class EncoderDecoder(nn.Module):
             f"{type(self).__name__} has no decoder with {upsampling} upsampling; choose network.name unet or vnet."
         )
 
-    def initialize(self, module: nn.Module) -> None:  # noqa: B027
+    def initialize(self, module: nn.Module) -> None:
         """Give a layer that a method adds the initialization of the network's own ones; to be passed to ``apply``.
 
         Nothing happens where these have torch's.

@@ -17,6 +17,7 @@ from scantly.inference.predict import select_device
 from scantly.methods import catalogue
 from scantly.methods.base import Method, Task
 from scantly.networks import synchronize_batch_norm
+from scantly.networks.precision import say_slow_bf16
 from scantly.settings import parse
 from scantly.training.config import RunConfig
 from scantly.training.cpu_bf16 import mend_convolutions
@@ -139,6 +140,7 @@ def train_config(config: RunConfig, out: str | Path, *, resume: bool = False, qu
         if config.training.channels_last and config.plan.spatial_dims == 2:
             method.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         if fabric.device.type == "cpu" and settings.precision == "bf16":
+            say_slow_bf16(fabric.device.type)
             mend_convolutions(method)
         torch.manual_seed(settings.seed + fabric.global_rank)  # dropout differs between ranks
         if settings.compile:
