@@ -35,6 +35,8 @@ INTRODUCTION = (
     "published, where that is known. `--steps N` shortens any of them: ramps, stages, schedules and the intervals of "
     "validations and checkpoints keep their proportions; averages over time (EMA) and queues keep their length. The "
     "run's `config.yaml` has the length of the recipe as `training.published_steps`.",
+    "Empty masks are scored by the kind ([Evaluation](evaluation.md#empty-masks)): a class in neither prediction nor "
+    "reference is left out and counted in `clean`, and counts 0 in every metric in `literature`, as in public scripts.",
     "What a paper does not say had to be chosen; such choices are among the deviations. What a method does otherwise "
     "than its public code whatever the data, and its settings in every recipe, is on [its page](methods/index.md).",
 )

@@ -159,13 +159,13 @@ def test_evaluate_a_run(scantly, trained: Path) -> None:
     lines = table.out.splitlines()
     assert lines[0] == "supervised on test: 2 cases, protocol clean"
     heads = ["class", "Dice", "Jaccard", "HD95 (voxels)", "ASD (voxels)", "HD95 (mm)", "ASD (mm)"]
-    assert re.split(r" {2,}", lines[1].strip()) == [*heads, "n", "missed", "spurious"]
+    assert re.split(r" {2,}", lines[1].strip()) == [*heads, "n", "missed", "spurious", "in neither"]
     summary = json.loads(scantly("evaluate", trained, "--json").out)
     for name in ("wall", "pool"):
         row = next(line for line in lines if line.split()[:1] == [name])
         assert row.split()[1] == f"{summary['classes'][name]['dice']['mean']:.3f}"
-        assert row.split()[-3:] == [
-            str(summary["classes"][name][count]) for count in ("averaged", "missed", "spurious")
+        assert row.split()[-4:] == [
+            str(summary["classes"][name][count]) for count in ("averaged", "missed", "spurious", "both_empty")
         ]
     for definition in (
         "HD95 (voxels): 95th percentile",
@@ -189,9 +189,10 @@ def test_evaluate_predictions_of_any_origin(scantly, sound: Path, tmp_path: Path
     assert summary["classes"]["pool"]["dice"]["mean"] == 0.5
     assert summary["classes"]["pool"]["missed"] == 1
     table = scantly("evaluate", "--predictions", predictions, "--labels", sound / "labelsTs")
-    assert next(line for line in table.out.splitlines() if line.split()[:1] == ["pool"]).split()[-3:] == [
+    assert next(line for line in table.out.splitlines() if line.split()[:1] == ["pool"]).split()[-4:] == [
         "2",
         "1",
+        "0",
         "0",
     ]
 

@@ -18,8 +18,10 @@ from scantly.evaluation import (
     hd95,
     image_diagonal,
     jaccard,
+    make_table,
     nsd,
     score_case,
+    summarize,
     surface_distances,
 )
 
@@ -225,10 +227,30 @@ def test_case_rows_under_the_literature_convention() -> None:
         convention="literature",
     )
     assert [row["status"] for row in rows] == ["scored", "missed", "spurious", "both_empty"]
-    for row in rows[1:3]:
+    for row in rows[1:]:  # the public scripts look at the prediction alone: it is empty, so all is 0
         assert [row[metric] for metric in DEFINITIONS] == [0.0] * len(DEFINITIONS)
-    shares = {"dice", "jaccard", "nsd_voxels", "nsd_mm"}
-    assert {m: rows[3][m] for m in DEFINITIONS} == {m: float(m in shares) for m in DEFINITIONS}
+
+
+@pytest.mark.parametrize("shape", [(6, 8), (1, 6, 8), (4, 6, 8)])
+def test_what_empty_masks_add_to_the_means_of_the_literature(shape: tuple[int, ...]) -> None:
+    """Four cases of one class: 4 voxels found exactly, in neither mask, missed, spurious; worked by hand."""
+    mask, empty = np.zeros((2, *shape), np.uint8)
+    mask[..., 2:4, 2:4] = 1
+    pairs = {"found": (mask, mask), "neither": (empty, empty), "missed": (empty, mask), "spurious": (mask, empty)}
+    means = {}
+    for convention in ("clean", "literature"):
+        rows = [
+            score_case(*pair, classes=("b", "x"), spacing=None, case=case, convention=convention)[0]
+            for case, pair in pairs.items()
+        ]
+        summary = summarize(make_table(rows), protocol="p", convention=convention)
+        means[convention] = {m: summary["classes"]["x"][m]["mean"] for m in ("dice", "jaccard", "hd95_voxels")}
+        assert summary["classes"]["x"]["both_empty"] == summary["overall"]["both_empty"] == 1
+        assert summary["classes"]["x"]["averaged"] == (3 if convention == "clean" else 4)
+        assert summary["overall"]["dice"]["mean"] == means[convention]["dice"]
+    diagonal = image_diagonal([side for side in shape if side > 1])
+    assert means["clean"] == pytest.approx({"dice": 1 / 3, "jaccard": 1 / 3, "hd95_voxels": 2 * diagonal / 3})
+    assert means["literature"] == {"dice": 1 / 4, "jaccard": 1 / 4, "hd95_voxels": 0.0}
 
 
 def test_tolerance_in_mm_applies_to_anisotropic_and_isotropic_spacing() -> None:

@@ -21,13 +21,13 @@ from scantly.evaluation import (
 )
 
 
-def table_of(dice: dict[str, dict[str, float | str]]) -> pd.DataFrame:
+def table_of(dice: dict[str, dict[str, float | str]], both_empty: float = np.nan) -> pd.DataFrame:
     """Table with Dice given per case and class, or a status in its place; other metrics follow from it."""
     rows = []
     for case, classes in dice.items():
         for name, value in classes.items():
             status = value if isinstance(value, str) else "scored"
-            score = {"missed": 0.0, "spurious": 0.0, "both_empty": np.nan}.get(status, value)
+            score = {"missed": 0.0, "spurious": 0.0, "both_empty": both_empty}.get(status, value)
             metrics = dict.fromkeys(DEFINITIONS, 10 * score) | {"dice": score}
             rows.append({"case": case, "class": name, "status": status, **metrics})
     return make_table(rows)
@@ -72,15 +72,38 @@ def test_every_case_is_counted() -> None:
 
 def test_summary_is_json_and_says_what_it_is() -> None:
     table = table_of({"a": {"RV": 0.5, "LV": "both_empty"}})
-    summary = summarize(table, protocol="acdc", convention="literature", tolerance_mm=3)
+    summary = summarize(table, protocol="acdc", convention="clean", tolerance_mm=3)
     text = json.loads(json.dumps(summary, allow_nan=False))
     assert text["classes"]["RV"]["dice"] == {"mean": 0.5, "std_over_cases": None}
     assert text["classes"]["LV"]["hd95_mm"] == {"mean": None, "std_over_cases": None}
     assert text["overall"]["dice"] == {"mean": 0.5, "std_over_cases": None}
-    assert (text["protocol"], text["convention"], text["tolerance_mm"]) == ("acdc", "literature", 3.0)
-    assert "flatters" in text["empty_masks"]
+    assert (text["protocol"], text["convention"], text["tolerance_mm"]) == ("acdc", "clean", 3.0)
+    assert "left out" in text["empty_masks"]
     assert text["definitions"]["hd95_mm"]["unit"] == "mm"
     assert not text["definitions"]["hd95_mm"]["higher_is_better"]
+
+
+def test_a_class_in_neither_mask_counts_0_in_the_means_of_the_literature() -> None:
+    """THREE, with case b's LV at 0: per class (0.8 + 0.6 + 0) / 3 and (0.9 + 0 + 0.7) / 3, then their mean."""
+    table = table_of(THREE, both_empty=0.0)
+    summary = summarize(table, protocol="acdc", convention="literature")
+    rv, lv, overall = summary["classes"]["RV"], summary["classes"]["LV"], summary["overall"]
+    assert (rv["dice"]["mean"], lv["dice"]["mean"]) == pytest.approx((1.4 / 3, 1.6 / 3))
+    assert lv["dice"]["std_over_cases"] == pytest.approx(np.std([0.9, 0.0, 0.7], ddof=1))
+    assert overall["dice"]["mean"] == pytest.approx((1.4 / 3 + 1.6 / 3) / 2)
+    assert overall["dice"]["std_over_cases"] == pytest.approx(np.std([0.85, 0.3, 0.35], ddof=1))
+    assert (lv["averaged"], lv["both_empty"], overall["averaged"]) == (3, 1, 6)
+    assert "flatters" in summary["empty_masks"]
+    assert case_means(table, "dice").to_dict() == pytest.approx({"a": 0.85, "b": 0.3, "c": 0.35})
+
+
+def test_tables_scored_by_another_convention_are_refused() -> None:
+    """Such as those of an evaluation before the literature's 0 was followed, where a class in neither mask had 1."""
+    for value, convention, said in ((1.0, "literature", "1"), (np.nan, "literature", "nothing"), (0.0, "clean", "0")):
+        with pytest.raises(
+            RunError, match=f"case b has class LV in neither mask and a Dice of {said}, .* '{convention}'.*evaluate"
+        ):
+            summarize(table_of(THREE, both_empty=value), protocol="p", convention=convention)
 
 
 def test_definitions_are_the_columns_that_cases_are_scored_in() -> None:
@@ -151,7 +174,8 @@ def test_a_seed_without_a_value_is_left_out_of_the_mean() -> None:
 def test_only_seeds_of_one_thing_are_aggregated() -> None:
     clean = summarize(table_of(THREE), protocol="acdc")
     with pytest.raises(RunError, match=r"different convention \(clean, literature\)"):
-        aggregate_seeds([clean, summarize(table_of(THREE), protocol="acdc", convention="literature")])
+        literature = table_of(THREE, both_empty=0.0)
+        aggregate_seeds([clean, summarize(literature, protocol="acdc", convention="literature")])
     with pytest.raises(RunError, match="different classes"):
         aggregate_seeds([clean, summarize(table_of({"a": {"RV": 0.5}}), protocol="acdc")])
     with pytest.raises(RunError, match="no summary"):

@@ -8,7 +8,9 @@ import pandas as pd
 import pytest
 
 from scantly.errors import RunError
+from scantly.evaluation import save_table
 from scantly.report.groups import collect
+from scantly.report.tables import overview
 from scantly.training.run import Run
 
 MakeRun = Callable[..., Run]
@@ -121,3 +123,17 @@ def test_refuses_nothing_and_twice_the_same(make_run: MakeRun) -> None:
     run = make_run("a")
     with pytest.raises(RunError, match="given twice"):
         collect([run, Run.open(run.folder / ".." / "a")])
+
+
+def test_refuses_a_table_scored_by_another_convention(make_run: MakeRun) -> None:
+    """As one that an older version wrote, where a class in neither mask had a Dice of 1."""
+    run = make_run("a", settings={"evaluation": {"protocol": "literature"}})
+    table = run.evaluation("test")
+    assert table is not None
+    table.loc[1, "status"], table.loc[1, "dice"] = "both_empty", 0.0
+    save_table(table, run.folder / "evaluation" / "test.csv")
+    assert overview(collect([run])[0])[1][0].both_empty == 1
+    table.loc[1, "dice"] = 1.0
+    save_table(table, run.folder / "evaluation" / "test.csv")
+    with pytest.raises(RunError, match=rf"^{run.folder}, test cases: .*a Dice of 1, which is not .*'literature'"):
+        collect([run])

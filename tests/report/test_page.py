@@ -72,7 +72,7 @@ def test_page_has_everything_a_reader_needs(report: Path) -> None:
         "95th percentile (linear interpolation)",
         "in mm, with the case's own spacing",
         "within 2 mm of the other surface",
-        "Missed, spurious",
+        "Missed, spurious, in neither",
         "percentile bootstrap",
         "first minus second method, 4 subjects",
         "standard deviation over seeds",

@@ -1,4 +1,5 @@
 import shutil
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import nibabel as nib
@@ -12,7 +13,7 @@ from scantly.errors import ConfigError, ImageError, RunError
 from scantly.inference.model import load_model
 from scantly.inference.settings import InferenceSettings
 from scantly.inference.windows import predict_array
-from scantly.training import stages, validation
+from scantly.training import engine, stages, validation
 from scantly.training.evaluate import evaluate_folders, evaluate_run
 from scantly.training.resolve import resolve
 from scantly.training.train import train_config
@@ -221,3 +222,69 @@ def test_a_setting_that_was_the_trainings_is_refused_and_leaves_nothing(crossing
 def test_a_run_of_another_method_has_nothing_to_change(run):
     with pytest.raises(ConfigError, match="for a prediction nothing can be changed"):
         evaluate_run(run, "test", device="cpu", method={"dice_background": False})
+
+
+@pytest.mark.parametrize("convention", ["clean", "literature"])
+def test_a_class_in_neither_mask_in_validation(monkeypatch, convention):
+    """Two cases, classes RV, MYO, LV: case one has RV and LV, found exactly; case two MYO, missed.
+
+    Clean: RV (1) / 1, MYO (0) / 1, LV (1) / 1 and their mean 2/3; literature: RV (1 + 0) / 2, MYO (0 + 0) / 2, LV
+    (1 + 0) / 2 and their mean 1/3, as what is in neither mask counts 0 in the choice of the checkpoint too.
+    """
+    shape = (1, 8, 8)
+    one, two, nothing = np.zeros((3, *shape), np.uint8)
+    one[0, :2], one[0, 4:], two[0, 3:5] = 1, 3, 2
+    predictions = {"one": one, "two": nothing}
+    references = {"one": one, "two": two}
+    dataset = SimpleNamespace(
+        classes=("background", "RV", "MYO", "LV"), read_label=lambda case: SimpleNamespace(array=references[case])
+    )
+    store = SimpleNamespace(read_image=lambda case, index: case, record=lambda case: case)
+    monkeypatch.setattr(validation, "predict_array", lambda network, image, **_: image)
+    monkeypatch.setattr(validation, "label_on_original_grid", lambda probs, *_, **__: predictions[probs])
+    values = validation.validate(
+        nn.Identity(),
+        ["one", "two"],
+        dataset=dataset,
+        store=store,
+        plan=SimpleNamespace(spatial_dims=2, patch_size=(8, 8)),
+        device=torch.device("cpu"),
+        autocast=nullcontext(),
+        convention=convention,
+    )
+    expected = {"clean": (2 / 3, 1.0, 0.0, 1.0), "literature": (1 / 3, 0.5, 0.0, 0.5)}[convention]
+    assert list(values.values()) == pytest.approx(expected)
+    assert list(values) == ["val/dice", "val/dice/RV", "val/dice/MYO", "val/dice/LV"]
+
+
+def test_the_run_validates_by_its_protocol(cohort, tmp_path, monkeypatch):
+    asked = []
+
+    def spy(*arguments, convention, **options):
+        asked.append(convention)
+        return validation.validate(*arguments, convention=convention, **options)
+
+    monkeypatch.setattr(engine, "validate", spy)
+    for protocol in ("clean", "literature"):
+        sets = {
+            "plan": {"size": [32, 32], "spatial_dims": 2, "labeled_batch_size": 2},
+            "network": {"arguments": {"widths": [4, 8], "dropout": [0, 0]}},
+            "training": {"steps": 2, "device": "cpu"},
+            "data": {"store": str(tmp_path / "store")},
+            "evaluation": {"protocol": protocol},
+        }
+        config = resolve(cohort, flags={"method": "supervised"}, sets=sets)
+        train_config(config, tmp_path / protocol, quiet=True)
+    assert set(asked[: len(asked) // 2]) == {"clean"}
+    assert set(asked[len(asked) // 2 :]) == {"literature"}
+
+
+def test_folders_are_scored_by_the_convention_asked_for(cohort, tmp_path):
+    """A class that neither folder holds: left out, or 0."""
+    predictions = tmp_path / "predictions"
+    shutil.copytree(cohort / "labelsTs", predictions)
+    classes = ("background", "RV", "MYO", "LV", "atrium")
+    for convention, mean in (("clean", 1.0), ("literature", 0.75)):
+        table, summary = evaluate_folders(predictions, cohort / "labelsTs", classes=classes, convention=convention)
+        assert summary["overall"]["dice"]["mean"] == summary["overall"]["jaccard"]["mean"] == mean
+        assert summary["classes"]["atrium"]["both_empty"] == len(table) / 4

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = ["compare", "evaluate", "predict", "say_comparison"]
 
 _SHOWN = ("dice", "jaccard", "hd95_voxels", "asd_voxels", "hd95_mm", "asd_mm")
+_COUNTED = {"missed": "missed", "spurious": "spurious", "both_empty": "in neither"}
 
 
 def predict(
@@ -200,12 +201,14 @@ def _say_summary(summary: Mapping[str, Any]) -> None:
     about = [str(summary[key]) for key in ("method", "name") if key in summary]
     title = " on ".join(about) or "predictions"
     say_table(
-        ["class", *_heads(definitions), "n", "missed", "spurious"],
+        ["class", *_heads(definitions), "n", *_COUNTED.values()],
         rows,
         title=f"{title}: {summary['overall']['cases']} cases, protocol {summary['protocol']}",
     )
-    say("Mean ± standard deviation over cases. n: cases in the means; missed, spurious: structures that only")
-    say("the reference or only the prediction has.")
+    say_wrapped(
+        "Mean ± standard deviation over cases. n: cases in the means; missed, spurious, in neither: structures that "
+        "only the reference, only the prediction, or neither has."
+    )
     _say_definitions(definitions)
     say_wrapped(f"Empty masks: {summary['empty_masks']}")
 
@@ -227,7 +230,7 @@ def _say_definitions(definitions: Mapping[str, Definition]) -> None:
 
 def _row(name: str, scores: Mapping[str, Any]) -> list[str]:
     cells = [_mean(scores[metric]["mean"], scores[metric]["std_over_cases"], metric) for metric in _SHOWN]
-    counts = ["" if scores[key] is None else str(scores[key]) for key in ("averaged", "missed", "spurious")]
+    counts = ["" if scores[key] is None else str(scores[key]) for key in ("averaged", *_COUNTED)]
     return [name, *cells, *counts]
 
 
@@ -278,11 +281,14 @@ def _say_comparison(table: pd.DataFrame) -> None:
         for record in part.to_dict("records"):
             row = _without_nan(record)
             cells = [_mean(row[metric], row[f"{metric}_std_over_cases"], metric) for metric in _SHOWN]
-            counts = [str(row[key]) for key in ("seeds", "cases", "missed", "spurious")]
+            counts = [str(row[key]) for key in ("seeds", "cases", *_COUNTED)]
             rows.append([str(row["method"]), str(row["class"]), *cells, *counts])
-        heads = ["method", "class", *_heads(definitions), "seeds", "cases", "missed", "spurious"]
+        heads = ["method", "class", *_heads(definitions), "seeds", "cases", *_COUNTED.values()]
         say_table(heads, rows, title=f"{split} cases, protocol {protocol}", text_columns=2)
-    say("Mean ± standard deviation over cases; missed and spurious structures are counted over all seeds.")
+    say_wrapped(
+        "Mean ± standard deviation over cases; structures that are missed, spurious or in neither are counted over all "
+        "seeds."
+    )
     _say_definitions(definitions)
 
 

@@ -62,9 +62,9 @@ CONVENTIONS: dict[Convention, str] = {
         "and NSD, and the image diagonal in every distance; where both are empty the case is left out."
     ),
     "literature": (
-        "A missed structure (prediction empty) and a spurious one (reference empty) score 0 in every metric, "
-        "distances included, which flatters them; where both are empty Dice, Jaccard and NSD are 1 and "
-        "distances 0. Published scripts differ for an empty reference (0, a crash, or Dice 1); 0 is used."
+        "A missed structure (prediction empty), a spurious one (reference empty) and one that is in neither mask "
+        "score 0 in every metric: in distances, which flatters them, and in Dice, Jaccard and NSD, even where nothing "
+        "was to be found. Published scripts differ for a spurious structure (0, a crash, or Dice 1); 0 is used."
     ),
 }
 
@@ -180,7 +180,11 @@ def nsd(
 
 
 def dice_per_class(
-    prediction: NDArray[np.integer], reference: NDArray[np.integer], num_classes: int
+    prediction: NDArray[np.integer],
+    reference: NDArray[np.integer],
+    num_classes: int,
+    *,
+    convention: Convention = "clean",
 ) -> NDArray[np.float64]:
     """Dice of every foreground class from one pass over two label maps, for validation while training.
 
@@ -188,9 +192,10 @@ def dice_per_class(
         prediction: Labels from 0 to ``num_classes - 1``, any shape.
         reference: Labels of the same shape.
         num_classes: Number of classes, background included.
+        convention: What empty masks score, see :data:`CONVENTIONS`.
 
     Returns:
-        ``(num_classes - 1,)``, classes 1, 2, ...; NaN for a class that neither has.
+        ``(num_classes - 1,)``, classes 1, 2, ...; for a class that neither has NaN, or 0 by the literature.
 
     Raises:
         ValueError: if the shapes differ or a label is out of range.
@@ -207,7 +212,7 @@ def dice_per_class(
     pairs = reference.ravel().astype(np.intp) * num_classes + prediction.ravel()
     counts = np.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
     total = counts.sum(axis=0) + counts.sum(axis=1)
-    scores = np.full(num_classes, np.nan)
+    scores = np.full(num_classes, 0.0 if convention == "literature" else np.nan)
     np.divide(2.0 * counts.diagonal(), total, out=scores, where=total > 0)
     return scores[1:]
 
@@ -310,8 +315,8 @@ def _surface_scores(distances: SurfaceDistances, unit: str, tolerance: float) ->
 
 def _empty_scores(pair: Pair, voxel_size: tuple[float, ...] | None, convention: Convention) -> dict[str, float]:
     both_empty = pair.status == "both_empty"
-    if convention == "literature":
-        share, diagonals = float(both_empty), 0.0
+    if convention == "literature":  # the scripts ask whether the prediction is empty, and no further
+        share, diagonals = 0.0, 0.0
     else:
         share, diagonals = (np.nan, np.nan) if both_empty else (0.0, 1.0)
     scores = {"dice": share, "jaccard": share}

@@ -95,7 +95,7 @@ def summarize_runs(
         - ``scored``, ``missed``, ``spurious``, ``both_empty``: cases by status (:data:`scantly.evaluation.COUNTS`),
           added up over seeds, and for :data:`OVERALL` over classes.
 
-        Values are in the unit of the metric. NaN (both masks empty) is left out of each mean in turn.
+        Values are in the unit of the metric. NaN (both masks empty, clean convention) is left out of each mean in turn.
 
     Raises:
         RunError: if there is no run, one has no rows, a method has a labeled count and seed twice, or runs have
@@ -145,8 +145,8 @@ def mean_over_seeds(runs: Sequence[ScoredRun]) -> dict[str, pd.DataFrame]:
 
     Returns:
         Name to table (``case``, ``class`` and the metrics). The name is the method's; where the runs differ in their
-        labeled counts it is followed by the count. A value that some seeds lack (both masks empty) is the mean of the
-        others.
+        labeled counts it is followed by the count. A value that some seeds lack (both masks empty, clean convention) is
+        the mean of the others.
 
     Raises:
         RunError: as :func:`summarize_runs`.
@@ -301,7 +301,7 @@ def _statuses(rows: pd.DataFrame) -> dict[str, int]:
 
 
 def mean_table(tables: Sequence[pd.DataFrame]) -> pd.DataFrame:
-    """Per-case means of the tables of several seeds; a value that some lack (both masks empty) is that of the others.
+    """Per-case means of the tables of several seeds; a value that some lack (NaN) is that of the others.
 
     Args:
         tables: Per-case tables of the same cases.

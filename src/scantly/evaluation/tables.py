@@ -31,6 +31,7 @@ __all__ = [
     "Definition",
     "aggregate_seeds",
     "case_means",
+    "check_convention",
     "load_table",
     "make_table",
     "save_table",
@@ -160,7 +161,8 @@ def case_means(table: pd.DataFrame, metric: str) -> pd.Series[float]:
         metric: Column of :data:`DEFINITIONS`.
 
     Returns:
-        Values by case in the table's order. Classes that neither mask has are left out; NaN if all are.
+        Values by case in the table's order. Values that are NaN, by the clean convention those of classes that neither
+        mask has, are left out; NaN if all are.
 
     Raises:
         ConfigError: if the metric is unknown.
@@ -195,12 +197,13 @@ def summarize(
         and as ``std_over_cases`` the deviation of the per-case means over classes.
 
     Raises:
-        RunError: if the table is empty or has a case and class twice.
+        RunError: if the table is empty, has a case and class twice, or was scored by another convention.
         ConfigError: if the convention is unknown.
     """
     if convention not in CONVENTIONS:
         raise ConfigError(unknown_name("convention", convention, CONVENTIONS))
     _check_rows(table)
+    check_convention(table, convention)
     classes = {
         str(name): _counts(rows) | {metric: _spread(rows[metric], "cases") for metric in DEFINITIONS}
         for name, rows in table.groupby("class", sort=False)
@@ -266,6 +269,28 @@ def _check_rows(table: pd.DataFrame) -> None:
         raise RunError(
             f"case {row['case']} has class {row['class']} more than once in the table of metrics; "
             "keep one run per table."
+        )
+
+
+def check_convention(table: pd.DataFrame, convention: Convention, what: str = "the table of metrics") -> None:
+    """Refuse a table in which a class in neither mask has another score than the convention gives it.
+
+    Args:
+        table: Per-case table.
+        convention: How its empty masks are to be scored.
+        what: Where the table comes from, for the message.
+
+    Raises:
+        RunError: if a row differs; it was scored by another convention, or by an older version.
+    """
+    empty = table[table["status"] == "both_empty"]
+    other = empty[empty["dice"] != 0] if convention == "literature" else empty[empty["dice"].notna()]
+    if not other.empty:
+        row = other.iloc[0]
+        said = "nothing" if np.isnan(row["dice"]) else f"{row['dice']:g}"
+        raise RunError(
+            f"{what}: case {row['case']} has class {row['class']} in neither mask and a Dice of {said}, which is not "
+            f"the convention '{convention}'; evaluate again."
         )
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from scantly.errors import RunError
-from scantly.evaluation import DEFINITIONS, TOLERANCE_MM, Labeled, mean_table
+from scantly.evaluation import DEFINITIONS, TOLERANCE_MM, Labeled, check_convention, mean_table
 from scantly.files import digest
 from scantly.methods import catalogue
 from scantly.report.configs import differing_keys, flatten
@@ -152,7 +152,7 @@ def collect(runs: Sequence[Run], split: str | None = None, *, rows: Mapping[Path
 
     Raises:
         RunError: if there is no run, one comes twice or was not evaluated, or runs of one protocol kind were
-            evaluated on different cases or classes.
+            evaluated on different cases or classes, or a table was scored by another convention for empty masks.
     """
     if not runs:
         raise RunError("there is nothing to compare; give at least one run folder.")
@@ -165,8 +165,7 @@ def collect(runs: Sequence[Run], split: str | None = None, *, rows: Mapping[Path
     results = [_read(run, name, chosen) for run, name in zip(runs, names, strict=True)]
     by_protocol: dict[str, list[Result]] = {}
     for result in results:
-        protocol = str(result.run.config.get("evaluation", {}).get("protocol", "clean"))
-        by_protocol.setdefault(protocol, []).append(result)
+        by_protocol.setdefault(_protocol(result.run), []).append(result)
     named = {folder.resolve(): row for folder, row in (rows or {}).items()}
     return [_section(protocol, chosen, members, named) for protocol, members in by_protocol.items()]
 
@@ -197,6 +196,10 @@ def _unique_names(folders: Sequence[Path]) -> list[str]:
     return [str(folder) for folder in folders]
 
 
+def _protocol(run: Run) -> str:
+    return str(run.config.get("evaluation", {}).get("protocol", "clean"))
+
+
 def _read(run: Run, name: str, split: str) -> Result:
     table = run.evaluation(split)
     if table is None or table.empty:
@@ -207,6 +210,7 @@ def _read(run: Run, name: str, split: str) -> Result:
             f"the table of {run.folder} lacks the columns {', '.join(missing)}; run scantly evaluate "
             f"{run.folder} again."
         )
+    check_convention(table, "literature" if _protocol(run) == "literature" else "clean", f"{run.folder}, {split} cases")
     seed = int(run.config.get("training", {}).get("seed", 0))
     return Result(run=run, name=name, seed=seed, table=table, summary=run.summary(split))
 

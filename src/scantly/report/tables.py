@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from scantly.errors import RunError
@@ -68,6 +68,7 @@ class Row:
     cells: tuple[Cell, ...]
     missed: int
     spurious: int
+    both_empty: int
 
 
 @dataclass(frozen=True)
@@ -111,6 +112,7 @@ def overview(section: Section) -> tuple[list[Column], list[Row]]:
                 tuple(_cell(column, overall[column.metric], "seeds") for column in shown),
                 overall["missed"],
                 overall["spurious"],
+                overall["both_empty"],
             )
         )
         if many:
@@ -123,7 +125,8 @@ def overview(section: Section) -> tuple[list[Column], list[Row]]:
 def _run_row(result: Result, summary: dict[str, Any], shown: Sequence[Column]) -> Row:
     overall = summary["overall"]
     cells = tuple(Cell(number_text(column, overall[column.metric]["mean"])) for column in shown)
-    return Row(result.name, f"seed {result.seed}", "run", cells, overall["missed"], overall["spurious"])
+    counts = (overall[name] for name in ("missed", "spurious", "both_empty"))
+    return Row(result.name, f"seed {result.seed}", "run", cells, *counts)
 
 
 def class_tables(section: Section) -> tuple[list[Column], list[tuple[str, list[Row]]]]:
@@ -137,7 +140,8 @@ def class_tables(section: Section) -> tuple[list[Column], list[tuple[str, list[R
             scores = averaged[name]
             count = counts["overall"] if name == OVERALL else counts["classes"][name]
             cells = tuple(_cell(column, scores[column.metric], "cases") for column in shown)
-            members.append(Row(method.title, "", "method", cells, count["missed"], count["spurious"]))
+            counted = (count[status] for status in ("missed", "spurious", "both_empty"))
+            members.append(Row(method.title, "", "method", cells, *counted))
     return shown, [(name, _mark_best(members, shown, section)) for name, members in rows.items()]
 
 
@@ -200,10 +204,7 @@ def _mark_best(rows: list[Row], shown: Sequence[Column], section: Section) -> li
             if value == best:
                 cell = rows[index].cells[number]
                 marked[index][number] = Cell(cell.text, cell.spread, best=True)
-    return [
-        Row(row.head, row.note, row.kind, tuple(cells), row.missed, row.spurious)
-        for row, cells in zip(rows, marked, strict=True)
-    ]
+    return [replace(row, cells=tuple(cells)) for row, cells in zip(rows, marked, strict=True)]
 
 
 def statistics(section: Section) -> list[Statistics]:
@@ -285,9 +286,9 @@ def comparison_table(runs: Sequence[Run], split: str | None = None) -> pd.DataFr
 
     Returns:
         One row per protocol, method and class (and one for the mean over classes): ``protocol``, ``split``,
-        ``method``, ``bound``, ``seeds``, ``cases``, ``class``, ``missed`` and ``spurious`` (over all seeds),
-        and per metric its mean, ``<metric>_std_over_cases`` and ``<metric>_std_over_seeds`` (NaN where there
-        is one value only).
+        ``method``, ``bound``, ``seeds``, ``cases``, ``class``, ``missed``, ``spurious`` and ``both_empty`` (over
+        all seeds), and per metric its mean, ``<metric>_std_over_cases`` and ``<metric>_std_over_seeds`` (NaN where
+        there is one value only).
 
     Raises:
         RunError: as :func:`scantly.report.groups.collect`.
@@ -311,6 +312,7 @@ def comparison_table(runs: Sequence[Run], split: str | None = None) -> pd.DataFr
                     "class": name,
                     "missed": over_seeds["missed"],
                     "spurious": over_seeds["spurious"],
+                    "both_empty": over_seeds["both_empty"],
                 }
                 for metric in DEFINITIONS:
                     row[metric] = scores[metric]["mean"]

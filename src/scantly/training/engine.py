@@ -305,6 +305,7 @@ class Engine:
             device=self.fabric.device,
             autocast=self._autocast(),
             inference=self.config.evaluation.inference,
+            convention=self.config.evaluation.protocol,
         )
         if loop.log is not None:
             loop.log.write(self.iteration, loop.span.stage.name, values)

@@ -13,7 +13,7 @@ from torch import nn
 from scantly.data.dataset import Dataset
 from scantly.data.plan import Plan
 from scantly.data.store import Store
-from scantly.evaluation import dice_per_class
+from scantly.evaluation import Convention, dice_per_class
 from scantly.inference.original import label_on_original_grid
 from scantly.inference.settings import DEFAULT_INFERENCE, InferenceSettings
 from scantly.inference.windows import predict_array
@@ -33,11 +33,12 @@ def validate(
     device: torch.device,
     autocast: AbstractContextManager[object],
     inference: InferenceSettings = DEFAULT_INFERENCE,
+    convention: Convention = "clean",
 ) -> dict[str, float]:
     """Mean Dice over validation cases, per class and over classes, on each scan's original grid.
 
-    Draws nothing at random and leaves the network in the mode it was in. Cases in which a class is neither
-    present nor predicted do not count for that class. The cases are shared among the ranks; all get the same values.
+    Draws nothing at random and leaves the network in the mode it was in. The cases are shared among the ranks; all get
+    the same values.
 
     Args:
         network: The method's predictor.
@@ -48,9 +49,11 @@ def validate(
         device: Where the network is.
         autocast: Precision context of the training.
         inference: How whole scans are predicted, the same as after the training.
+        convention: What a case counts in which a class is neither present nor predicted: nothing (``clean``), or 0
+            (``literature``), as in the scores after the training.
 
     Returns:
-        ``{"val/dice": ..., "val/dice/<class>": ...}`` in [0, 1]; a class that is in no case is left out,
+        ``{"val/dice": ..., "val/dice/<class>": ...}`` in [0, 1]; by ``clean`` a class that is in no case is left out,
         and ``val/dice`` is NaN if none is in any.
     """
     table = np.zeros((len(cases), len(dataset.classes) - 1))
@@ -74,7 +77,8 @@ def validate(
                 largest_component=inference.largest_component,
                 resample=inference.resample,
             )
-            table[index] = dice_per_class(labels, dataset.read_label(case).array, len(dataset.classes))
+            reference = dataset.read_label(case).array
+            table[index] = dice_per_class(labels, reference, len(dataset.classes), convention=convention)
     table = sum_over_ranks(torch.from_numpy(table)).numpy()
     counted = (~np.isnan(table)).any(axis=0)
     means = np.full(table.shape[1], np.nan)
