@@ -204,7 +204,7 @@ def _wrapped(text: str) -> str:
 
 
 def main() -> None:
-    """Write the pages and remove those of methods that are gone; then the page of protocols."""
+    """Write the pages and remove those of methods that are gone; then the pages of protocols and of agreement."""
     made = pages()
     FOLDER.mkdir(exist_ok=True)
     for path in FOLDER.glob("*.md"):
@@ -212,7 +212,8 @@ def main() -> None:
             path.unlink()
     for name, text in made.items():
         write_text(FOLDER / name, text)
-    runpy.run_path(str(ROOT / "docs" / "protocol_page.py"), run_name="__main__")
+    for script in ("protocol_page.py", "agreement_page.py"):
+        runpy.run_path(str(ROOT / "docs" / script), run_name="__main__")
 
 
 if __name__ == "__main__":

@@ -273,6 +273,12 @@ def test_the_pages_of_methods_are_current() -> None:
         assert (folder / name).read_text(encoding="utf-8") == text, f"{name}: run python docs/method_pages.py"
 
 
+def test_the_page_of_agreement_is_current() -> None:
+    """``python docs/agreement_page.py`` writes it; the tests in ``tests/golden`` hold Scantly to it."""
+    made = runpy.run_path(str(ROOT / "docs" / "agreement_page.py"))["page"]()
+    assert (ROOT / "docs" / "agreement.md").read_text(encoding="utf-8") == made, "run python docs/agreement_page.py"
+
+
 def test_codes_of_findings_are_listed() -> None:
     text = (ROOT / "docs" / "dataset-format.md").read_text(encoding="utf-8")
     table = re.findall(r"^\| ((?:`[a-z_]+`(?:, )?)+) \|", text, re.M)
