@@ -40,6 +40,11 @@ INTRODUCTION = (
     "float64 were 3e-15 for losses and 4e-14 for networks, in float32 1.2e-6 and 2.4e-5.",
 )
 KINDS = {"losses": "Entry", "networks": "Network", "sdf": "Distance map of the mask", "metrics": "Metrics of"}
+DEFAULTS = (
+    "Beyond these, the settings named in the tables are those with which Scantly agrees where its default is another "
+    "choice; the [page of the method](methods/index.md) says which and why. ARCO's nearest neighbors are compared with "
+    "the roles of teacher and student that the paper has; in the public training they are swapped.",
+)
 LEFT_OUT = (
     "Dropout, augmentation and sampling are random by nature; draws that a loss needs were given. The decoder of CCT "
     "behind dropout, ARCO's pretraining network as a whole and its variance-reduced samplers, and PLGCL's selection of "
@@ -64,6 +69,7 @@ def page() -> str:
     blocks += ["## Networks", _entries("networks", networks.NETWORKS, values, deviations)]
     blocks += ["## Distance maps and metrics", _masks(values, deviations)]
     blocks += ["## Known deviations", "\n".join(_deviations(deviations.KNOWN_DEVIATIONS))]
+    blocks += map(_wrapped, DEFAULTS)
     blocks += ["## Not compared", *map(_wrapped, LEFT_OUT)]
     return "\n\n".join(blocks) + "\n"
 

@@ -21,7 +21,7 @@ from scantly.losses import (
 )
 from scantly.losses.local_contrastive import class_masks, class_means, local_contrastive_loss, pick_voxels
 from scantly.losses.patch_contrastive import closed_form_contrast
-from scantly.methods.parts.arco_sets import VoxelSets, class_sets, rank_bounds, rank_negatives
+from scantly.methods.parts.arco_sets import VoxelSets, class_sets, released_negatives, released_rank_bounds
 from scantly.methods.parts.class_queues import ClassQueues
 from scantly.methods.parts.memory_bank import MemoryBank
 from scantly.networks import PyramidHead
@@ -66,61 +66,50 @@ def dense_head(entry: Entry, x: Inputs) -> Ours:
 
 
 def anatomical_contrast(entry: Entry, x: Inputs) -> Ours:
-    """Anchors and prototypes by our sets, negatives from the released bank; then what our rule puts into the banks."""
+    """Anchors, prototypes and banks by our sets (``negatives="released"``), with the draws given."""
     settings = entry["settings"]
     sets = class_sets(
         x["labels"], x["low_entropy"].bool(), x["teacher_probs"], anchor_probability=settings["anchor_probability"]
     )
     students, teachers = (x[name].movedim(1, -1).flatten(0, 2) for name in ("features", "teacher_features"))
-    losses, counts = [], []
-    for label in range(4):
+    banks, losses, counts = _banks(sets, teachers, entry, x), [], []
+    for label, bank in enumerate(banks):
         candidates = sets.anchors[label].nonzero()[:, 0]
-        bank = torch.cat([x[f"bank{label}"], teachers[_released_rows(label, entry, x)]])
         shape = (settings["queries"], settings["negatives"])
         anchors = students[candidates[_draws(2 * label, shape[0], len(candidates))]]
-        places = _draws(2 * label + 1, shape[0] * shape[1], len(bank)).view(shape)
+        places = _draws(2 * label + 1, shape[0] * shape[1], int(bank.filled)).view(shape)
         prototype = unit(teachers[sets.valid[label]].mean(0, keepdim=True))
         near = cosine_similarities(anchors, prototype)[:, 0]
-        far = sampled_similarities(anchors, unit(bank), places)
+        far = sampled_similarities(anchors, unit(bank.values), places)
         losses.append(info_nce(near, far, temperature=settings["temperature"]))
-        counts += [[len(candidates), shape[0]], [len(bank), shape[0] * shape[1]]]
+        counts += [[len(candidates), shape[0]], [int(bank.filled), shape[0] * shape[1]]]
     return {
         "loss": torch.stack(losses).mean(),
         "candidates_and_draws": counts,
-        **_our_banks(sets, teachers, entry, x),
+        "bank_rows_after": [int(bank.filled) for bank in banks],
+        "bank_sums_after": [float(bank.values.sum()) for bank in banks],
     }
 
 
-def _our_banks(sets: VoxelSets, teachers: Tensor, entry: Entry, x: Inputs) -> Ours:
-    low = entry["settings"]["rank"]
-    admitted = rank_negatives(
+def _banks(sets: VoxelSets, teachers: Tensor, entry: Entry, x: Inputs) -> list[MemoryBank]:
+    """Those given, and what this step appends."""
+    low, high = released_rank_bounds(None, None)
+    assert low == entry["settings"]["rank"]
+    admitted = released_negatives(
         sets,
         x["labels"],
         x["teacher_probs"],
         x["high_entropy"].bool(),
         2,
         low=low,
-        high=rank_bounds(4, None, None)[1],
+        high=high,
         largest_probability=entry["settings"]["negative_probability"],
     )
     banks = [MemoryBank(300, (6,)) for _ in admitted]
     for label, (bank, mask) in enumerate(zip(banks, admitted, strict=True)):
         bank.push(x[f"bank{label}"])
         bank.push(teachers, mask)
-    return {
-        "bank_rows_after": [int(bank.filled) for bank in banks],
-        "bank_sums_after": [float(bank.values.sum()) for bank in banks],
-    }
-
-
-def _released_rows(label: int, entry: Entry, x: Inputs) -> Tensor:
-    """Unlabeled, uncertain voxels that are labeled with the class and in which the teacher ranks it fourth."""
-    probs, settings = x["teacher_probs"], entry["settings"]
-    rank = probs.argsort(dim=1, descending=True).argsort(dim=1)[:, label]
-    admitted = (rank >= settings["rank"]) & (probs[:, label] < settings["negative_probability"])
-    admitted &= (x["labels"] == label) & x["high_entropy"].bool()
-    admitted[:2] = False
-    return admitted.flatten()
+    return banks
 
 
 def _draws(number: int, size: int, below: int) -> Tensor:

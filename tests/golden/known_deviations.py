@@ -46,8 +46,6 @@ BOUNDS: dict[str, Bounds] = {
 
 _RAMPS = entries("losses")["ramps"]
 _MC_NET_RAMP = "The public code of MC-Net counts the iteration before it reads the ramp, Scantly after."
-_BANK = "The public bank of a class takes voxels of that class, of unlabeled images alone; Scantly's of other classes."
-_BANK_SUMS = [12.327939549228176, -39.079956016270444, 20.1532039209269, 7.205511619802564]
 _FIFTH_HEAD = "The public URPC network has a fifth head, of 9,220 parameters, that nothing uses."
 _FULL = "A mask of all voxels is not a number in the public code, and -1 everywhere in Scantly."
 
@@ -58,9 +56,6 @@ KNOWN_DEVIATIONS: dict[tuple[str, str], Deviation] = {
             "weight_mc_net_2d": _RAMPS["weight_2d"]["values"],
             "weight_mc_net_la": [10 * value for value in _RAMPS["weight_la"]["values"]],
         },
-    ),
-    ("losses", "arco_anatomical_contrast"): Deviation(
-        _BANK, {"bank_rows_after": [99, 84, 88, 101], "bank_sums_after": _BANK_SUMS}
     ),
     ("networks", "unet_urpc"): Deviation(_FIFTH_HEAD, {"parameters": [1_821_840], "Conv2d": [26, 1_818_896]}),
     ("sdf", "full"): Deviation(_FULL, {"map": [-1.0] * 64}),

@@ -68,9 +68,7 @@ LOSSES: dict[str, Loss] = {
     "arco_nearest_neighbor": Loss(contrast.nearest_neighbor, "`arco`, `nearest_neighbor_loss`"),
     "arco_unsupervised": Loss(contrast.unsupervised, "`arco`, `confident_cross_entropy`"),
     "arco_dense_head": Loss(contrast.dense_head, "`arco`, `PyramidHead`"),
-    "arco_anatomical_contrast": Loss(
-        contrast.anatomical_contrast, "`arco`, sets of voxels and contrast, with the bank of the public code"
-    ),
+    "arco_anatomical_contrast": Loss(contrast.anatomical_contrast, "`arco`, `negatives=released`, draws given"),
     "plgcl_closed_form": Loss(contrast.closed_form, "`plgcl`, warm-up"),
     "plgcl_closed_form_soft": Loss(contrast.closed_form, "`plgcl`, joint stage"),
     "lclpl_local_contrast": Loss(contrast.local_contrast, "`lclpl`, `normalization=released` and `correct`"),
