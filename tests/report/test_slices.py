@@ -8,13 +8,16 @@ import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import pandas as pd
 import pytest
 from PIL import Image
 
 from scantly import imaging
 from scantly.report.groups import collect
+from scantly.report.slices import _dice_text as dice_text
 from scantly.report.slices import _outline as outline
 from scantly.report.slices import examples
 from scantly.training.run import Run
@@ -112,3 +115,12 @@ def test_outline_has_one_line_per_part_and_hole_and_closes_at_the_border() -> No
     assert path.count("M") == path.count("Z") == 3
     assert numbers(path).min() == 0
     assert outline(np.zeros((3, 3), bool), (1.0, 1.0)) == ""
+
+
+@pytest.mark.parametrize(("value", "text"), [(np.nan, "LV – (in neither)"), (0.0, "LV 0.00 (in neither)")])
+def test_a_class_in_neither_mask_is_told(value: float, text: str) -> None:
+    """Its Dice is no number in clean, and 0 in literature, where nothing was missed."""
+    rows = [("a", "RV", "scored", 0.5), ("a", "MYO", "missed", 0.0), ("a", "LV", "both_empty", value)]
+    table = pd.DataFrame(rows, columns=["case", "class", "status", "dice"])
+    told = dice_text(SimpleNamespace(table=table), "a")
+    assert told.endswith(f"RV 0.50, MYO 0.00 (missed), {text}")

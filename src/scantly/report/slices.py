@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["Example", "Outline", "examples"]
 
 _MARGIN = 0.35  # of the structures' extent, shown around them
+_TOLD = {"scored": "", "missed": " (missed)", "spurious": " (spurious)", "both_empty": " (in neither)"}
 _SMALLEST = 48  # pixels shown at least
 
 
@@ -153,7 +154,7 @@ def _dice_text(result: Result, case: str) -> str:
     parts = []
     for name, value, status in zip(rows["class"], rows["dice"], rows["status"], strict=True):
         number = "–" if np.isnan(value) else f"{value:.2f}"
-        parts.append(f"{name} {number}" if status in ("scored", "both_empty") else f"{name} {number} ({status})")
+        parts.append(f"{name} {number}{_TOLD[status]}")
     mean = float(rows["dice"].mean())
     return f"Dice {mean:.3f}: {', '.join(parts)}"
 
