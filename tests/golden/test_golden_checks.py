@@ -52,6 +52,9 @@ def test_what_is_beyond_its_bound_fails() -> None:
         check("losses", "x", [AGREES, Compared("b", "value", 1e-6, (1.0,))], "float64")
     with pytest.raises(AssertionError):
         check("losses", "x", [], "float64")
+    check("losses", "x", [Compared("b", "no gradient of teacher", 0.0)], "float32")
+    with pytest.raises(AssertionError, match="no gradient"):
+        check("losses", "x", [Compared("b", "no gradient of teacher", 1e-9)], "float32")
 
 
 def test_a_deviation_must_have_its_value_and_must_not_agree(monkeypatch: pytest.MonkeyPatch) -> None:
