@@ -119,9 +119,9 @@ def hold(folder):
 def test_a_second_writer_is_refused_while_the_first_lives_and_a_kill_frees_the_folder(tmp_path):
     folder = tmp_path / "out"
     with hold(folder) as process:
-        with pytest.raises(RunError, match=r"another process is predicting in .*out; wait for it or choose"):
-            with sole_writer(folder, "predicting"):
-                raise AssertionError("two writers")
+        refused = pytest.raises(RunError, match=r"another process is predicting in .*out; wait for it or choose")
+        with refused, sole_writer(folder, "predicting"):
+            raise AssertionError("two writers")
         process.kill()
     with sole_writer(folder, "predicting"):
         (folder / "a").write_text("1")
@@ -140,9 +140,9 @@ def test_a_folder_that_stays_empty_is_not_left_behind(tmp_path):
 
 def test_a_folder_that_cannot_be_held_is_told(tmp_path):
     (tmp_path / "file").write_text("no folder")
-    with pytest.raises(RunError, match=r"cannot write in .*file/out: Not a directory; choose another folder"):
-        with sole_writer(tmp_path / "file" / "out", "predicting"):
-            pass
+    refused = pytest.raises(RunError, match=r"cannot write in .*file/out: Not a directory; choose another folder")
+    with refused, sole_writer(tmp_path / "file" / "out", "predicting"):
+        raise AssertionError("written through a file")
 
 
 @pytest.mark.parametrize("letter", ["a", "ä"])

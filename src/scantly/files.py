@@ -145,9 +145,7 @@ def holding(path: Path, refusal: str) -> Iterator[None]:
     except Timeout:
         raise RunError(refusal) from None
     except OSError as error:
-        raise RunError(
-            f"cannot write in {path.parent}: {error.strerror or error}; choose another folder."
-        ) from error
+        raise RunError(f"cannot write in {path.parent}: {error.strerror or error}; choose another folder.") from error
     try:
         yield
     finally:
