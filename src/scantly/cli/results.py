@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from scantly.evaluation import Definition
+    from scantly.inference.predict import Outcome
 
 __all__ = ["compare", "evaluate", "predict", "say_comparison"]
 
@@ -65,11 +66,13 @@ def predict(
     device: Annotated[
         str, typer.Option("--device", metavar="auto|cpu|cuda", help="auto: a GPU where there is one.")
     ] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Segment scans.
 
     The label maps have exactly the geometry and the file type of their inputs (.h5 has neither: .nii.gz).
-    After an interruption the same command goes on with the scans that are missing.
+    Folders are searched with their subfolders. Scans that cannot be predicted are listed at the end, with exit
+    status 2. After that, or an interruption, the same command goes on with the scans that are missing.
     """
     from scantly.inference.predict import predict_folder
 
@@ -97,6 +100,22 @@ def predict(
             method=method_settings(set_values),
             progress=report,
         )
+    if json:
+        say_json(
+            {
+                "out": str(out),
+                "label_maps": [str(path) for path in outcome.files],
+                "present": outcome.present,
+                "failed": [{"case": case, "reason": str(error)} for case, error in outcome.failed],
+            }
+        )
+    elif outcome.files:
+        _say_written(outcome, out)
+    if outcome.error is not None:
+        raise outcome.error
+
+
+def _say_written(outcome: Outcome, out: Path) -> None:
     count = len(outcome.files) - outcome.present
     verb = "was" if outcome.present == 1 else "were"
     before = f"; {outcome.present} of an interrupted prediction {verb} already there" if outcome.present else ""

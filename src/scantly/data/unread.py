@@ -12,7 +12,7 @@ from pathlib import Path
 
 from scantly import imaging
 
-__all__ = ["is_companion", "not_readable", "several"]
+__all__ = ["is_companion", "looks_like_volume", "not_readable", "several"]
 
 _NAMES = re.compile(
     r"(readme|licen[cs]e|copying|notice|changelog|changes|citation|authors|manifest)\b.*|"
@@ -24,6 +24,7 @@ _ENDINGS = (
     *(".csv", ".tsv", ".xls", ".xlsx", ".ods", ".json", ".yaml", ".yml", ".toml", ".ini", ".cfg", ".xml"),
     *(".py", ".ipynb", ".sh", ".m", ".r", ".bat", ".md5", ".sha1", ".sha256"),
 )
+_VOLUMES = (".mha", ".mhd", ".nrrd", ".nhdr", ".hdr", ".img", ".mgz", ".mgh", ".mnc")
 _NAMED = 5
 
 
@@ -46,6 +47,11 @@ def not_readable(files: Iterable[Path]) -> list[Path]:
     DICOM files (with the mark that :func:`scantly.imaging.dicom.is_dicom` looks for) are of no type here.
     """
     return [path for path in files if not imaging.file_ending(path) and not is_companion(path)]
+
+
+def looks_like_volume(path: Path) -> bool:
+    """Whether a file's ending is that of a volume or label map of a format that is not read."""
+    return path.name.lower().endswith(_VOLUMES)
 
 
 def several(paths: Iterable[Path | str], folder: Path | None = None) -> str:
