@@ -104,7 +104,7 @@ def _flush_folder(folder: Path) -> None:
 
 
 @contextmanager
-def sole_writer(folder: Path, doing: str) -> Iterator[None]:
+def sole_writer(folder: Path, doing: str, *, cure: str = "wait for it or choose another --out") -> Iterator[None]:
     """Hold a folder alone while the block writes into it.
 
     The lock is the system's, on ``.lock`` in the folder: it falls with the process, however that ends. At the end the
@@ -113,13 +113,14 @@ def sole_writer(folder: Path, doing: str) -> Iterator[None]:
     Args:
         folder: Made if it is missing.
         doing: What the other process is said to be doing, for instance ``"predicting"``.
+        cure: What the user can do about it.
 
     Raises:
         RunError: if another process holds the folder, or it cannot be written.
     """
     new = not folder.exists()
     try:
-        with holding(folder / ".lock", f"another process is {doing} in {folder}; wait for it or choose another --out."):
+        with holding(folder / ".lock", f"another process is {doing} in {folder}; {cure}."):
             yield
     finally:
         if new:

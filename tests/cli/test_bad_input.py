@@ -373,3 +373,31 @@ def test_all_bad_scans_are_told_before_a_training(scantly, fails, dataset: Path)
     assert planned.out == ""
     assert str(header) in planned.err
     assert str(zipped) in planned.err
+
+
+def test_evaluate_names_references_without_prediction(scantly, sound: Path, tmp_path: Path) -> None:
+    predictions = Path(shutil.copytree(sound / "labelsTs", tmp_path / "predictions"))
+    (predictions / "case6.nii.gz").unlink()
+    words = ("evaluate", "--predictions", predictions, "--labels", sound / "labelsTs")
+    outcome = scantly(*words)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert f"{predictions} has no prediction for 1 of 2 references: case6; " in outcome.sentence
+    assert "--allow-missing" in outcome.sentence
+    told = scantly(*words, "--allow-missing")
+    assert told.status == 0, told.err
+    assert told.out.startswith("predictions: 1 of 2 cases, protocol clean\n")
+    assert "Not scored, since there is no prediction: case6." in told.out
+    assert json.loads(scantly(*words, "--allow-missing", "--json").out)["missing"] == ["case6"]
+    assert scantly("evaluate", tmp_path, "--allow-missing").status == 2
+
+
+def test_evaluate_goes_on_past_what_cannot_be_scored(scantly, sound: Path, tmp_path: Path) -> None:
+    predictions = Path(shutil.copytree(sound / "labelsTs", tmp_path / "predictions"))
+    (predictions / "case6.nii.gz").write_bytes(b"no label")
+    words = ("evaluate", "--predictions", predictions, "--labels", sound / "labelsTs")
+    outcome = scantly(*words)
+    assert outcome.status == 2
+    assert outcome.out.startswith("predictions: 1 of 2 cases, protocol clean\n")
+    assert str(predictions / "case6.nii.gz") in outcome.sentence
+    document = json.loads(scantly(*words, "--json").out)
+    assert [failure["case"] for failure in document["failed"]] == ["case6"]
