@@ -73,19 +73,17 @@ def score_folders(
     """
     pairs, missing = _pairs(Path(predictions), Path(labels), allow_missing=allow_missing)
     failed: dict[str, ScantlyError] = {}
-    largest: dict[str, int] = {}
-    for name, pair in pairs.items():
+    if classes is None:
+        largest = max((_largest(pair, name, failed) for name, pair in pairs.items()), default=0)
+        classes = ("background", *(f"class {value}" for value in range(1, largest + 1)))
+    rows: list[Row] = []
+    for name in [name for name in pairs if name not in failed]:
         try:
-            largest[name] = max(int(np.max(label.array, initial=0)) for label in _read(*pair))
+            predicted, reference = _read(*pairs[name])
+            for path, label in zip(pairs[name], (predicted, reference), strict=True):
+                _refuse_unknown(path, label, len(classes))
         except ImageError as error:
             failed[name] = error
-    if classes is None:
-        classes = ("background", *(f"class {value}" for value in range(1, max(largest.values(), default=0) + 1)))
-    rows: list[Row] = []
-    for name, value in largest.items():
-        predicted, reference = _read(*pairs[name])
-        if value >= len(classes):
-            failed[name] = _unknown(pairs[name], (predicted, reference), len(classes))
             continue
         rows += score_case(
             predicted.array,
@@ -108,10 +106,19 @@ def _read(predicted_path: Path, reference_path: Path) -> tuple[Label, Label]:
     return predicted, reference
 
 
-def _unknown(paths: tuple[Path, Path], pair: tuple[Label, Label], classes: int) -> ImageError:
-    values = [int(np.max(label.array, initial=0)) for label in pair]
-    path, value = next((path, value) for path, value in zip(paths, values, strict=True) if value >= classes)
-    return ImageError(f"{path} has label {value}, but there are classes 0-{classes - 1} only.")
+def _largest(pair: tuple[Path, Path], name: str, failed: dict[str, ScantlyError]) -> int:
+    """Largest value of a prediction and its reference; 0, with the reason in ``failed``, if they do not fit."""
+    try:
+        return max(int(np.max(label.array, initial=0)) for label in _read(*pair))
+    except ImageError as error:
+        failed[name] = error
+        return 0
+
+
+def _refuse_unknown(path: Path, label: Label, classes: int) -> None:
+    largest = int(np.max(label.array, initial=0))
+    if largest >= classes:
+        raise ImageError(f"{path} has label {largest}, but there are classes 0-{classes - 1} only.")
 
 
 def _pairs(predictions: Path, labels: Path, *, allow_missing: bool) -> tuple[dict[str, tuple[Path, Path]], list[str]]:
