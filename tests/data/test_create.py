@@ -91,8 +91,18 @@ def test_labels_among_the_scans(tmp_path: Path) -> None:
     dataset = init(tmp_path / "kits", tmp_path / "raw", tmp_path / "raw")
     assert list(dataset.train) == ["case_1", "case_2"]
     assert check(tmp_path / "kits") == []
-    with pytest.raises(DatasetError, match=r"called like labels \(segmentation\.nii\.gz\)"):
+    with pytest.raises(DatasetError, match=r"called like labels \(case_1/segmentation\.nii\.gz\)"):
         init(tmp_path / "again", tmp_path / "raw", None)
+
+
+def test_a_folder_of_labels_among_folders_of_scans(tmp_path: Path) -> None:
+    folders.write_scan(tmp_path / "raw" / "scans" / "a.nii.gz", 1)
+    folders.write_label(tmp_path / "raw" / "labels" / "a.nii.gz")
+    with pytest.raises(DatasetError, match=r"called like labels \(labels/a\.nii\.gz\)"):
+        init(tmp_path / "without", tmp_path / "raw", None)
+    dataset = init(tmp_path / "heart", tmp_path / "raw", tmp_path / "raw")
+    assert [case.label is not None for case in dataset.train.values()] == [True]
+    assert list(dataset.train) == ["a"]
 
 
 def test_a_labels_folder_inside_the_images_folder(bare: Path) -> None:

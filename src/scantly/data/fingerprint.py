@@ -6,6 +6,7 @@ foreground (CT), in several processes. Memory does not grow with the cohort.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
@@ -24,6 +25,8 @@ from scantly.data.splits import Split
 from scantly.errors import DatasetError, ImageError
 
 __all__ = ["Fingerprint", "Intensity", "collect"]
+
+log = logging.getLogger("scantly")
 
 #: Foreground voxels kept for the percentiles, all cases together (4 MB per channel).
 _SAMPLES = 1_000_000
@@ -150,6 +153,7 @@ def _all_faults(dataset: Dataset, split: Split) -> Iterator[None]:
         yield
     except (DatasetError, ImageError) as error:
         names = [*split.labeled, *split.unlabeled, *split.val]
+        log.info("A case cannot be used; reading all %d cases to tell everything that is wrong.", len(names))
         faults = faults_of_cases(dataset, names, with_labels={*split.labeled, *split.val})
         raise (as_one(faults, len(names)) if faults else error) from error
 

@@ -7,7 +7,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scantly import imaging
-from scantly.data.matching import find_files, group_channels, is_label_name, match_labels, name_files, visible_files
+from scantly.data.matching import (
+    find_files,
+    group_channels,
+    is_label_name,
+    lies_in_label_folder,
+    match_labels,
+    name_files,
+    visible_files,
+)
 from scantly.data.unread import looks_like_volume, several
 from scantly.errors import DatasetError, ImageError, ScantlyError
 from scantly.imaging.dicom import find_cases, is_dicom
@@ -94,11 +102,11 @@ def _gather_files(images: Path, labels: Path | None) -> Gathered:
     """Files of each case, and the label of each labeled case."""
     files = find_files(images, "scans")
     if labels is None or labels.resolve() == images.resolve():
-        marked = [path for path in files if is_label_name(path)]
+        marked = [path for path in files if is_label_name(path) or lies_in_label_folder(path, images)]
         scans = [path for path in files if path not in set(marked)]
         if labels is None and marked and scans:
             raise DatasetError(
-                f"{images} holds files that are called like labels ({marked[0].name}) among the scans; "
+                f"{images} holds files that are called like labels ({marked[0].relative_to(images)}) among the scans; "
                 "give it as folder of the labels too, or move them away."
             )
         if not scans:

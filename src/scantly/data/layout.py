@@ -316,7 +316,9 @@ def _stray(path: Path, pattern: str, kind: str, better: str) -> Fault:
         message = f"{path} is not named {pattern} and would not be used; rename it to {better}, or move it away."
     else:
         message = f"{path} is not named {pattern}, and {loss}; convert it to that, or move it away."
-    return Fault(f"{kind}_not_read", str(path), message)
+    if kind == "label":
+        return Fault("label_not_read", str(path), message)
+    return Fault("scan_not_read", str(path), message)
 
 
 def _below(folder: Path) -> list[Path]:
