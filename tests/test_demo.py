@@ -1,4 +1,5 @@
 import pytest
+from filelock import FileLock
 
 from scantly import demo as module
 from scantly.errors import RunError
@@ -54,3 +55,10 @@ def test_a_folder_with_something_else_is_refused_untouched(tmp_path):
     with pytest.raises(RunError, match=r"thesis\.txt"):
         module.generate(tmp_path, seed=0)
     assert [item.name for item in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+def test_two_demos_in_one_folder_at_once(tmp_path):
+    (tmp_path / "out").mkdir()
+    with FileLock(tmp_path / "out" / ".lock"), pytest.raises(RunError, match="another process is running the demo in"):
+        module.demo(tmp_path / "out")
+    assert [item.name for item in (tmp_path / "out").iterdir()] in ([], [".lock"])

@@ -1,9 +1,20 @@
 import errno
+import subprocess
+import sys
 
 import pytest
 
 from scantly.errors import ConfigError, RunError
-from scantly.files import atomic_path, digest, read_json, read_yaml, write_json, write_text, write_yaml
+from scantly.files import (
+    atomic_path,
+    digest,
+    read_json,
+    read_yaml,
+    sole_writer,
+    write_json,
+    write_text,
+    write_yaml,
+)
 
 
 def test_the_file_appears_whole(tmp_path):
@@ -86,3 +97,60 @@ def test_missing_files_are_named(tmp_path):
 
 def test_digest_ignores_the_order_of_keys():
     assert digest({"a": 1, "b": 2}) == digest({"b": 2, "a": 1}) != digest({"a": 1, "b": 3})
+
+
+HOLD = """
+import sys, time
+from pathlib import Path
+from scantly.files import sole_writer
+with sole_writer(Path(sys.argv[1]), "predicting"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def hold(folder):
+    """A process that holds a folder; gives it once it does."""
+    process = subprocess.Popen([sys.executable, "-c", HOLD, str(folder)], stdout=subprocess.PIPE, text=True)
+    assert process.stdout.readline() == "held\n"
+    return process
+
+
+def test_a_second_writer_is_refused_while_the_first_lives_and_a_kill_frees_the_folder(tmp_path):
+    folder = tmp_path / "out"
+    with hold(folder) as process:
+        refused = pytest.raises(RunError, match=r"another process is predicting in .*out; wait for it or choose")
+        with refused, sole_writer(folder, "predicting"):
+            raise AssertionError("two writers")
+        process.kill()
+    with sole_writer(folder, "predicting"):
+        (folder / "a").write_text("1")
+    assert [path.name for path in folder.iterdir()] == ["a"]
+
+
+def test_a_folder_that_stays_empty_is_not_left_behind(tmp_path):
+    with sole_writer(tmp_path / "deep" / "out", "predicting"):
+        assert (tmp_path / "deep" / "out").is_dir()
+    assert not (tmp_path / "deep" / "out").exists()
+    (tmp_path / "own").mkdir()
+    with sole_writer(tmp_path / "own", "predicting"):
+        pass
+    assert list((tmp_path / "own").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_held_is_told(tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    refused = pytest.raises(RunError, match=r"cannot write in .*file/out: Not a directory; choose another folder")
+    with refused, sole_writer(tmp_path / "file" / "out", "predicting"):
+        raise AssertionError("written through a file")
+
+
+@pytest.mark.parametrize("letter", ["a", "ä"])
+def test_every_name_that_the_file_system_takes_can_be_written(tmp_path, letter):
+    name = letter * (248 // len(letter.encode())) + ".nii.gz"
+    with atomic_path(tmp_path / name) as temporary:
+        assert temporary.name.endswith(f"{letter}.nii.gz")
+        temporary.write_text("whole")
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+    with pytest.raises(RunError, match="File name too long"):
+        write_text(tmp_path / ("a" + name), "1")

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from scantly.methods.base import Method
     from scantly.methods.catalogue import methods
     from scantly.report import compare
-    from scantly.training.evaluate import evaluate_folders as evaluate
+    from scantly.training.folders import evaluate_folders as evaluate
     from scantly.training.resolve import plan
     from scantly.training.run import Run
     from scantly.training.train import train
@@ -46,7 +46,7 @@ _PLACES = {
     "ScantlyError": "scantly.errors:ScantlyError",
     "check": "scantly.data.checks:check",
     "compare": "scantly.report:compare",
-    "evaluate": "scantly.training.evaluate:evaluate_folders",
+    "evaluate": "scantly.training.folders:evaluate_folders",
     "init": "scantly.data.create:init",
     "methods": "scantly.methods.catalogue:methods",
     "plan": "scantly.training.resolve:plan",

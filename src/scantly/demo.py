@@ -8,6 +8,7 @@ from pathlib import Path
 
 from scantly.data.phantom import write_phantom
 from scantly.errors import RunError
+from scantly.files import sole_writer
 from scantly.report import compare
 from scantly.training.resolve import resolve
 from scantly.training.run import Run
@@ -37,11 +38,12 @@ def demo(out: str | Path, *, seed: int = 0) -> Path:
         The report.
 
     Raises:
-        RunError: if the folder holds something else.
+        RunError: if the folder holds something else, or another demo runs in it.
     """
     folder = Path(out)
-    dataset = generate(folder, seed=seed)
-    return compare(train_pair(dataset, folder / "runs", seed=seed), folder / "report.html")
+    with sole_writer(folder, "running the demo"):
+        dataset = generate(folder, seed=seed)
+        return compare(train_pair(dataset, folder / "runs", seed=seed), folder / "report.html")
 
 
 def generate(folder: Path, *, seed: int) -> Path:
@@ -62,7 +64,7 @@ def generate(folder: Path, *, seed: int) -> Path:
     dataset, unfinished = folder / "dataset", folder / ".dataset"
     if (dataset / "dataset.json").is_file():
         return dataset
-    others = [item for item in folder.glob("*") if item != unfinished]
+    others = [item for item in folder.glob("*") if item not in (unfinished, folder / ".lock")]
     if others:
         raise RunError(f"{folder} is not empty (it holds '{others[0].name}') and no demo; choose another --out.")
     _LOGGER.info("generating %d subjects in %s", SUBJECTS, dataset)

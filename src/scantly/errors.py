@@ -8,7 +8,7 @@ a traceback and exits with status 2.
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 
 __all__ = [
     "ConfigError",
@@ -18,7 +18,9 @@ __all__ = [
     "PeerError",
     "RunError",
     "ScantlyError",
+    "listing",
     "times",
+    "together",
     "unknown_name",
 ]
 
@@ -49,6 +51,33 @@ class PeerError(RunError):
 
 class DeviceError(ScantlyError):
     """A device or precision that is not there, or has too little memory for what was asked."""
+
+
+def together(faults: Sequence[ScantlyError] | Mapping[str, ScantlyError], head: str) -> ScantlyError:
+    r"""Several faults as one error, to be raised: a line for each below a head. The only one of one is itself.
+
+    Args:
+        faults: At least one; by name of the case where their sentences do not say it.
+        head: The first line, without colon.
+
+    Returns:
+        Of the faults' own class where they have one.
+
+    Example:
+        >>> together([ImageError("a.png is cut off."), ImageError("b.png is empty.")], "2 of 3 scans are unreadable")
+        ImageError('2 of 3 scans are unreadable:\n  a.png is cut off.\n  b.png is empty.')
+    """
+    errors = list(faults.values() if isinstance(faults, Mapping) else faults)
+    return errors[0] if len(errors) == 1 else listing(faults, head)
+
+
+def listing(faults: Sequence[ScantlyError] | Mapping[str, ScantlyError], head: str) -> ScantlyError:
+    """As :func:`together`, with the head for a single fault too."""
+    errors = list(faults.values() if isinstance(faults, Mapping) else faults)
+    lines = [f"{name}: {error}" for name, error in faults.items()] if isinstance(faults, Mapping) else map(str, errors)
+    kinds = {type(error) for error in errors}
+    kind = kinds.pop() if len(kinds) == 1 else ScantlyError
+    return kind("\n  ".join([f"{head}:", *lines]))
 
 
 def times(sides: Iterable[int]) -> str:

@@ -1,7 +1,8 @@
 """Files written whole or not at all, and the text formats of the project.
 
 Everything Scantly writes goes through :func:`atomic_path`: a reader, or a run that is resumed after a kill,
-sees either the old file or the new one, never a part.
+sees either the old file or the new one, never a part. Folders that a command fills have one writer at a time, by
+:func:`sole_writer`.
 """
 
 from __future__ import annotations
@@ -16,18 +17,25 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from scantly.errors import ConfigError, RunError
 
 __all__ = [
     "atomic_path",
     "digest",
+    "holding",
     "read_json",
     "read_yaml",
+    "sole_writer",
     "write_json",
     "write_text",
     "write_yaml",
 ]
+
+
+#: Bytes of a file's name that its temporary name keeps; file systems take 255 in all.
+_LONGEST_TAIL = 200
 
 
 @contextmanager
@@ -47,7 +55,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix="-" + path.name, dir=path.parent)
+        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix="-" + _tail(path.name), dir=path.parent)
         temporary = Path(name)
         os.close(handle)
         yield temporary
@@ -68,6 +76,13 @@ def atomic_path(path: Path) -> Iterator[Path]:
         raise
 
 
+def _tail(name: str) -> str:
+    """The end of a name, as long as the temporary one may be: a name of 255 bytes can be written too."""
+    while len(os.fsencode(name)) > _LONGEST_TAIL:
+        name = name[1:]
+    return name
+
+
 def _remove(temporary: Path | None) -> None:
     if temporary is not None:
         temporary.unlink(missing_ok=True)
@@ -86,6 +101,58 @@ def _flush_folder(folder: Path) -> None:
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
+
+
+@contextmanager
+def sole_writer(folder: Path, doing: str, *, cure: str = "wait for it or choose another --out") -> Iterator[None]:
+    """Hold a folder alone while the block writes into it.
+
+    The lock is the system's, on ``.lock`` in the folder: it falls with the process, however that ends. At the end the
+    file is removed, and so is a folder that was made for the block and stayed empty.
+
+    Args:
+        folder: Made if it is missing.
+        doing: What the other process is said to be doing, for instance ``"predicting"``.
+        cure: What the user can do about it.
+
+    Raises:
+        RunError: if another process holds the folder, or it cannot be written.
+    """
+    new = not folder.exists()
+    try:
+        with holding(folder / ".lock", f"another process is {doing} in {folder}; {cure}."):
+            yield
+    finally:
+        if new:
+            with suppress(OSError):  # not empty, as it should be
+                folder.rmdir()
+
+
+@contextmanager
+def holding(path: Path, refusal: str) -> Iterator[None]:
+    """Hold a lock file while the block runs.
+
+    Args:
+        path: The file; missing parent folders are made. It is removed at the end.
+        refusal: What is said if another process holds it.
+
+    Raises:
+        RunError: if so, or if the file cannot be written.
+    """
+    lock = FileLock(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise RunError(refusal) from None
+    except OSError as error:
+        raise RunError(f"cannot write in {path.parent}: {error.strerror or error}; choose another folder.") from error
+    try:
+        yield
+    finally:
+        with suppress(OSError):  # Windows removes no open file; one that stays hinders nobody
+            path.unlink()
+        lock.release()
 
 
 def write_text(path: Path, text: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -34,7 +35,10 @@ def fails(scantly: Command, small: tuple[str, ...], tmp_path: Path):
         assert outcome.out == ""
         assert not (out / "checkpoints").exists()
         assert contents(dataset) == before
-        return outcome.sentence
+        assert "Traceback" not in outcome.err
+        *progress, sentence = outcome.err.splitlines()
+        assert all(line.startswith("preparing ") for line in progress)  # all cases are looked at
+        return sentence.removeprefix("scantly: ")
 
     return run
 
@@ -317,3 +321,86 @@ def test_scores_that_would_need_another_split(scantly, trained: Path) -> None:
         outcome = scantly("evaluate", trained, "--split", split)
         assert outcome.status == 2
         assert split in outcome.sentence
+
+
+def test_predict_goes_on_past_bad_scans_and_lists_them(scantly, trained: Path, sound: Path, tmp_path: Path) -> None:
+    scans, out = Path(shutil.copytree(sound / "imagesTs", tmp_path / "scans")), tmp_path / "out"
+    whole = (scans / "case6_0000.nii.gz").read_bytes()
+    (scans / "case6_0000.nii.gz").write_bytes(whole[:300])
+    outcome = scantly("predict", trained, scans, "--out", out)
+    assert outcome.status == 2
+    assert outcome.out == f"1 label map written to {out}\n"
+    head, line = outcome.err.splitlines()[-2:]
+    assert head.startswith(f"scantly: 1 of 2 scans cannot be predicted, the others are in {out}; mend or remove them")
+    assert line.startswith(f"  {scans / 'case6_0000.nii.gz'} ")
+    told = scantly("predict", trained, scans, "--out", out, "--json")
+    assert told.status == 2
+    document = json.loads(told.out)
+    assert (document["label_maps"], document["present"]) == ([str(out / "case7.nii.gz")], 1)
+    ((case, reason),) = (failure.values() for failure in document["failed"])
+    assert case == "case6"
+    assert str(scans / "case6_0000.nii.gz") in reason
+    (scans / "case6_0000.nii.gz").write_bytes(whole)
+    mended = scantly("predict", trained, scans, "--out", out)
+    assert mended.status == 0
+    assert mended.out == f"1 label map written to {out}; 1 of an interrupted prediction was already there\n"
+
+
+def test_two_predictions_into_one_folder_at_once(scantly, trained: Path, sound: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    with filelock.FileLock(out / ".lock"):
+        outcome = scantly("predict", trained, sound / "imagesTs", "--out", out)
+    assert outcome.status == 2
+    assert f"another process is predicting in {out}; wait for it or choose another --out" in outcome.sentence
+
+
+def test_all_bad_scans_are_told_before_a_training(scantly, fails, dataset: Path) -> None:
+    """Headers and voxels, of labeled, unlabeled and validation cases; good cases stay prepared."""
+    splits = {"train": [f"case{n}" for n in (0, 1, 2, 4)], "val": ["case3"], "test": ["case6"]}
+    (dataset / "splits.json").write_text(json.dumps(splits))
+    header, zipped = dataset / "imagesTr" / "case0_0000.nii.gz", dataset / "imagesTr" / "case4_0000.nii.gz"
+    header.write_bytes(b"no header")
+    zipped.write_bytes(zipped.read_bytes()[:-9])
+    label, reference = dataset / "labelsTr" / "case1.nii.gz", dataset / "labelsTr" / "case3.nii.gz"
+    save(label, voxels(label)[:, :30])
+    reference.write_bytes(b"no label")
+    for words in ((), ("--recipe", "acdc-cpu", "--size", "32", "32")):
+        outcome = scantly("train", dataset, *METHOD, *words, "--out", dataset.parent / "run", "--steps", "1")
+        assert outcome.status == 2
+        head, *lines = outcome.err.splitlines()[-5:]
+        assert head.startswith("scantly: 4 of 5 cases cannot be used")
+        assert all(any(f"  {path} " in f"{line} " for line in lines) for path in (header, zipped, label, reference))
+    planned = scantly("plan", dataset)
+    assert planned.status == 2
+    assert planned.out == ""
+    assert str(header) in planned.err
+    assert str(zipped) in planned.err
+
+
+def test_evaluate_names_references_without_prediction(scantly, sound: Path, tmp_path: Path) -> None:
+    predictions = Path(shutil.copytree(sound / "labelsTs", tmp_path / "predictions"))
+    (predictions / "case6.nii.gz").unlink()
+    words = ("evaluate", "--predictions", predictions, "--labels", sound / "labelsTs")
+    outcome = scantly(*words)
+    assert (outcome.status, outcome.out) == (2, "")
+    assert f"{predictions} has no prediction for 1 of 2 references: case6; " in outcome.sentence
+    assert "--allow-missing" in outcome.sentence
+    told = scantly(*words, "--allow-missing")
+    assert told.status == 0, told.err
+    assert told.out.startswith("predictions: 1 of 2 cases, protocol clean\n")
+    assert "Not scored, since there is no prediction: case6." in told.out
+    assert json.loads(scantly(*words, "--allow-missing", "--json").out)["missing"] == ["case6"]
+    assert scantly("evaluate", tmp_path, "--allow-missing").status == 2
+
+
+def test_evaluate_goes_on_past_what_cannot_be_scored(scantly, sound: Path, tmp_path: Path) -> None:
+    predictions = Path(shutil.copytree(sound / "labelsTs", tmp_path / "predictions"))
+    (predictions / "case6.nii.gz").write_bytes(b"no label")
+    words = ("evaluate", "--predictions", predictions, "--labels", sound / "labelsTs")
+    outcome = scantly(*words)
+    assert outcome.status == 2
+    assert outcome.out.startswith("predictions: 1 of 2 cases, protocol clean\n")
+    assert str(predictions / "case6.nii.gz") in outcome.sentence
+    document = json.loads(scantly(*words, "--json").out)
+    assert [failure["case"] for failure in document["failed"]] == ["case6"]

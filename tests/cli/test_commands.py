@@ -68,6 +68,18 @@ def test_init_makes_a_dataset_folder_and_checks_it(scantly, sound: Path, tmp_pat
     assert not any(path.is_symlink() or path.stat().st_nlink > 1 for path in (copied / "imagesTr").iterdir())
 
 
+def test_init_names_the_cases_that_it_leaves_out(scantly, sound: Path, tmp_path: Path) -> None:
+    labels, made = Path(shutil.copytree(sound / "labelsTr", tmp_path / "labels")), tmp_path / "made"
+    (labels / "case1.nii.gz").write_bytes(b"no label")
+    outcome = scantly("init", made, "--images", sound / "imagesTr", "--labels", labels)
+    assert outcome.status == 2
+    assert "3 cases with label, 2 without" in outcome.out
+    assert outcome.out.endswith("no fault found in 5 cases\n")
+    head, line = outcome.err.splitlines()[-2:]
+    assert head.startswith(f"scantly: 1 case is left out; mend what is said here, remove {made} and")
+    assert line.startswith(f"  case1: {labels / 'case1.nii.gz'} ")
+
+
 def test_plan_prints_reasons_and_its_file_trains(scantly, sound: Path, tmp_path: Path, small) -> None:
     printed = scantly("plan", sound)
     assert printed.status == 0

@@ -22,7 +22,7 @@ from scantly.data.dataset import Dataset
 from scantly.data.plan import Plan
 from scantly.data.prepare import prepare, prepare_label, restore_label
 from scantly.data.store import Store
-from scantly.errors import ConfigError, DatasetError, ImageError
+from scantly.errors import ConfigError, DatasetError, ImageError, ScantlyError
 
 ALL = (slice(None), slice(None), slice(None))
 NAMES = ("a", "b", "c")
@@ -389,3 +389,29 @@ def test_a_labeled_case_without_label_file_is_named(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d", {"a": (np.zeros((1, 2, 8, 8)), None)})
     with pytest.raises(DatasetError, match="a has no label file"):
         build_store(dataset, ["a"], plan_of(channels=1), root=tmp_path, with_labels=["a"])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_faults_of_all_cases_are_told_together_and_the_rest_is_prepared(
+    dataset: Dataset, build: Callable[..., Store], tmp_path: Path, workers: int
+) -> None:
+    """A link to nothing, voxels that are not finite with a label of their own fault, and a validation label."""
+    images, labels = dataset.root / "imagesTr", dataset.root / "labelsTr"
+    gone = images / "a_0001.nii.gz"
+    gone.unlink()
+    gone.symlink_to(tmp_path / "nowhere.nii.gz")
+    (labels / "a.nii.gz").write_bytes(b"no label")
+    (labels / "b.nii.gz").write_bytes(b"no label")
+    with pytest.raises(ScantlyError) as caught:
+        build(check_labels=["b"], workers=workers)
+    head, *lines = str(caught.value).splitlines()
+    assert head == "2 of 3 cases cannot be used; mend them or take them out, and start again:"
+    paths = [gone, labels / "a.nii.gz", labels / "b.nii.gz"]
+    assert [line.split()[0] for line in lines] == [str(path) for path in paths]
+    assert {Path(path).stem for path in written(tmp_path / "cache")} == {"b", "c"}
+
+
+def test_labels_that_are_checked_are_not_prepared(build: Callable[..., Store], tmp_path: Path) -> None:
+    store = build(check_labels=["b"])
+    assert not store.has_label("b")
+    assert {Path(path).stem for path in written(tmp_path / "cache") if "labels" in path} == {"a"}

@@ -91,6 +91,70 @@ def stray(root: Path) -> None:
     (root / "imagesTr" / "notes.txt").write_text("x")
 
 
+def label_of_another_type(root: Path) -> None:
+    (root / "labelsTr" / "u.mha").write_bytes(b"MetaImage")
+
+
+def label_of_another_ending(root: Path) -> None:
+    folders.write_label(root / "labelsTr" / "u.nii")
+
+
+def scan_of_another_type(root: Path) -> None:
+    (root / "imagesTr" / "d_0000.nrrd").write_bytes(b"NRRD")
+
+
+def scan_without_channel(root: Path) -> None:
+    folders.write_scan(root / "imagesTs" / "d.nii.gz", 80)
+
+
+def scans_in_a_subfolder(root: Path) -> None:
+    folders.write_scan(root / "imagesTr" / "more" / "d_0000.nii.gz", 80)
+
+
+def labels_in_a_subfolder(root: Path) -> None:
+    folders.write_label(root / "labelsTr" / "more" / "u.nii.gz")
+
+
+def misspelt(root: Path) -> None:
+    (root / "labelsTs").rename(root / "labelsTS")
+
+
+def link_to_no_folder(root: Path) -> None:
+    (root / "labelsTs" / "t.nii.gz").unlink()
+    (root / "labelsTs").rmdir()
+    (root / "labelsTs").symlink_to(root / "gone")
+
+
+def file_in_place_of_a_folder(root: Path) -> None:
+    (root / "labelsTs" / "t.nii.gz").unlink()
+    (root / "labelsTs").rmdir()
+    (root / "labelsTs").write_bytes(b"")
+
+
+def another_folder(root: Path) -> None:
+    folders.write_scan(root / "imagesVal" / "v_0000.nii.gz", 80)
+
+
+def scan_beside_the_folders(root: Path) -> None:
+    folders.write_scan(root / "d_0000.nii.gz", 80)
+
+
+def twice_in_other_letters(root: Path) -> None:
+    (root / "labelsTr" / "a.NII.GZ").write_bytes((root / "labelsTr" / "a.nii.gz").read_bytes())
+
+
+def other_number(root: Path) -> None:
+    folders.describe(root, channels=2, numTraining=5)
+
+
+def empty_scan(root: Path) -> None:
+    (root / "imagesTr" / "b_0001.nii.gz").write_bytes(b"")
+
+
+def case_in_no_list(root: Path) -> None:
+    (root / "splits.json").write_text(json.dumps({"train": ["a", "b"], "val": ["c"], "test": ["t"]}))
+
+
 def lonely_label(root: Path) -> None:
     folders.write_label(root / "labelsTr" / "d.nii.gz")
 
@@ -126,6 +190,21 @@ def broken_splits(root: Path) -> None:
         (fractional, "unreadable", "error", "b.nii.gz", "90 voxels whose label is not a whole number"),
         (absent_class, "class_absent", "warning", "labelsTr", "class 'b' (value 2)"),
         (stray, "stray_file", "warning", "notes.txt", "it is not used; rename it"),
+        (label_of_another_type, "label_not_read", "error", "u.mha", "its case would count as unlabeled; convert"),
+        (label_of_another_ending, "label_not_read", "error", "u.nii", "is not named <case>.nii.gz"),
+        (scan_of_another_type, "scan_not_read", "error", "d_0000.nrrd", "is not named <case>_0000.nii.gz"),
+        (scan_without_channel, "scan_not_read", "error", "d.nii.gz", "rename it to d_0000.nii.gz"),
+        (scans_in_a_subfolder, "scan_not_read", "error", "more", "(d_0000.nii.gz)"),
+        (labels_in_a_subfolder, "label_not_read", "error", "more", "(u.nii.gz)"),
+        (misspelt, "misspelt_folder", "error", "labelsTS", "rename it to labelsTs"),
+        (link_to_no_folder, "no_folder", "error", "labelsTs", "leads nowhere"),
+        (file_in_place_of_a_folder, "no_folder", "error", "labelsTs", "is not a folder"),
+        (another_folder, "stray_file", "warning", "imagesVal", "is not used"),
+        (scan_beside_the_folders, "stray_file", "warning", "d_0000.nii.gz", "is not used"),
+        (twice_in_other_letters, "file_twice", "error", "a.nii.gz", "keep one of them"),
+        (other_number, "case_number", "warning", "dataset.json", '"numTraining" is 5, but imagesTr holds 4 cases'),
+        (empty_scan, "unreadable", "error", "b_0001.nii.gz", "0 are there"),
+        (case_in_no_list, "split_leaves_out", "warning", "splits.json", "no list names u of imagesTr"),
         (lonely_label, "label_without_image", "error", "d.nii.gz", "rename it to its scan"),
         (no_labels, "no_labels", "error", "labelsTr", "at least one labeled case"),
         (broken_splits, "split_file", "error", "splits.json", "not valid JSON"),
@@ -141,6 +220,21 @@ def test_each_fault_is_found_and_nothing_else(
     assert words in findings[0].message
     assert findings[0].file in findings[0].message
     assert "\n" not in findings[0].message
+
+
+@pytest.mark.parametrize("name", ["README", "README.md", "license.txt", "Thumbs.db", "desktop.ini", "protocol.pdf"])
+def test_plain_companions_are_no_error(root: Path, name: str) -> None:
+    for folder in (root, root / "imagesTr", root / "labelsTs"):
+        (folder / name).write_bytes(b"x")
+        (folder / ".DS_Store").write_bytes(b"x")
+    assert {finding.level for finding in check(root)} <= {"warning"}
+
+
+def test_endings_in_capital_letters_are_read(root: Path) -> None:
+    for path in [*(root / "imagesTr").iterdir(), *(root / "labelsTr").iterdir()]:
+        if path.name.startswith("a"):
+            path.rename(path.with_name(path.name.replace(".nii.gz", ".NII.GZ")))
+    assert check(root) == []
 
 
 def test_all_faults_are_told_at_once(root: Path) -> None:
@@ -177,9 +271,9 @@ def test_duplicates_are_found_whatever_their_header_says(root: Path) -> None:
 @pytest.mark.parametrize(
     ("splits", "level"),
     [
-        ({"train": ["a", "z", "b"], "val": ["c"]}, "warning"),
-        ({"train": ["a", "b"], "val": ["z"]}, "error"),
-        ({"train": ["a", "b", "z"], "dev_split": {"train": ["a"], "val": ["z"]}}, "error"),
+        ({"train": ["a", "z", "b", "u"], "val": ["c"]}, "warning"),
+        ({"train": ["a", "b", "c", "u"], "val": ["z"]}, "error"),
+        ({"train": ["a", "b", "z", "c", "u"], "dev_split": {"train": ["a"], "val": ["z"]}}, "error"),
     ],
 )
 def test_duplicates_weigh_more_across_a_split(root: Path, splits: dict[str, object], level: str) -> None:
@@ -193,7 +287,7 @@ def test_duplicates_weigh_more_across_a_split(root: Path, splits: dict[str, obje
 
 
 def test_a_duplicate_among_the_test_cases_is_an_error(root: Path) -> None:
-    (root / "splits.json").write_text(json.dumps({"train": ["a", "b"], "val": ["c"]}))
+    (root / "splits.json").write_text(json.dumps({"train": ["a", "b", "u"], "val": ["c"]}))
     for channel in ("0000", "0001"):
         source = root / "imagesTr" / f"u_{channel}.nii.gz"
         (root / "imagesTs" / f"t_{channel}.nii.gz").write_bytes(source.read_bytes())

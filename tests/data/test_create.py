@@ -12,13 +12,15 @@ import h5py
 import numpy as np
 import PIL.Image
 import pytest
+from pydicom import uid
+from pydicom.dataset import Dataset
 
 import dicom_series as dicoms
 from scantly import imaging
 from scantly.data import create
 from scantly.data.checks import check
 from scantly.data.create import init
-from scantly.errors import DatasetError, ImageError
+from scantly.errors import DatasetError, ImageError, RunError
 
 
 @pytest.fixture
@@ -89,8 +91,18 @@ def test_labels_among_the_scans(tmp_path: Path) -> None:
     dataset = init(tmp_path / "kits", tmp_path / "raw", tmp_path / "raw")
     assert list(dataset.train) == ["case_1", "case_2"]
     assert check(tmp_path / "kits") == []
-    with pytest.raises(DatasetError, match=r"called like labels \(segmentation\.nii\.gz\)"):
+    with pytest.raises(DatasetError, match=r"called like labels \(case_1/segmentation\.nii\.gz\)"):
         init(tmp_path / "again", tmp_path / "raw", None)
+
+
+def test_a_folder_of_labels_among_folders_of_scans(tmp_path: Path) -> None:
+    folders.write_scan(tmp_path / "raw" / "scans" / "a.nii.gz", 1)
+    folders.write_label(tmp_path / "raw" / "labels" / "a.nii.gz")
+    with pytest.raises(DatasetError, match=r"called like labels \(labels/a\.nii\.gz\)"):
+        init(tmp_path / "without", tmp_path / "raw", None)
+    dataset = init(tmp_path / "heart", tmp_path / "raw", tmp_path / "raw")
+    assert [case.label is not None for case in dataset.train.values()] == [True]
+    assert list(dataset.train) == ["a"]
 
 
 def test_a_labels_folder_inside_the_images_folder(bare: Path) -> None:
@@ -295,3 +307,123 @@ def test_dicom_without_a_scan_is_refused(tmp_path: Path) -> None:
     dicoms.save(report, tmp_path / "dicom" / "report.dcm")
     with pytest.raises(DatasetError, match="holds DICOM files but no scan"):
         init(tmp_path / "d", tmp_path / "dicom")
+
+
+def test_labels_in_a_format_that_is_not_read_are_refused(bare: Path) -> None:
+    (bare / "drawn" / "Bert_seg.mha").write_bytes(b"MetaImage")
+    (bare / "drawn" / "README.txt").write_text("companion")
+    with pytest.raises(DatasetError, match=r"drawn holds 1 file .*not read: Bert_seg\.mha; convert"):
+        init(bare / "heart", bare / "scans", bare / "drawn")
+    (bare / "drawn" / "Bert_seg.mha").unlink()
+    (bare / "scans" / "Dora.nrrd").write_bytes(b"NRRD")
+    with pytest.raises(DatasetError, match=r"scans holds 1 file .*not read: Dora\.nrrd; convert"):
+        init(bare / "heart", bare / "scans", bare / "drawn")
+    assert not (bare / "heart").exists()
+
+
+def test_all_labels_that_fit_no_scan_are_named(bare: Path) -> None:
+    for name in ("Dora", "Emil"):
+        folders.write_label(bare / "drawn" / f"{name}_seg.nii.gz")
+    with pytest.raises(DatasetError) as caught:
+        init(bare / "heart", bare / "scans", bare / "drawn")
+    head, *lines = str(caught.value).splitlines()
+    assert head == "2 files are no label of a scan:"
+    assert ["Dora_seg.nii.gz fits no scan" in lines[0], "Emil_seg.nii.gz fits no scan" in lines[1]] == [True, True]
+
+
+def test_two_files_of_one_scan_are_refused(bare: Path) -> None:
+    folders.write_scan(bare / "scans" / "Anna.nii", 5)
+    with pytest.raises(DatasetError, match=r"Anna\.nii.* have the same name"):
+        init(bare / "heart", bare / "scans", None)
+
+
+def test_channel_files_of_some_cases_alone_are_refused(tmp_path: Path) -> None:
+    for name in ("a_0000", "a_0001", "b_0000"):
+        folders.write_scan(tmp_path / "scans" / f"{name}.nii.gz", sum(name.encode()))
+    with pytest.raises(DatasetError, match=r"a has channels 0, 1 and b has channel 0; "):
+        init(tmp_path / "two", tmp_path / "scans", None)
+
+
+def test_bad_labels_leave_their_case_out_and_no_other(bare: Path) -> None:
+    damaged = bare / "drawn" / "anna_seg.nii.gz"
+    damaged.write_bytes(damaged.read_bytes()[:-9])
+    left_out: dict[str, Exception] = {}
+    dataset = init(bare / "heart", bare / "scans", bare / "drawn", left_out=left_out)
+    assert list(left_out) == ["Anna"]
+    assert "anna_seg.nii.gz" in str(left_out["Anna"])
+    assert list(dataset.train) == ["Bert", "Carl"]
+    assert dataset.info["numTraining"] == 2
+    assert check(bare / "heart") == []
+
+
+def test_a_name_too_long_for_the_dataset_leaves_its_case_out(bare: Path) -> None:
+    name = "x" * 247
+    folders.write_scan(bare / "scans" / f"{name}.nii.gz", 8)
+    left_out: dict[str, Exception] = {}
+    dataset = init(bare / "heart", bare / "scans", bare / "drawn", left_out=left_out)
+    assert list(left_out) == [name]
+    assert "has 259 bytes" in str(left_out[name])
+    assert list(dataset.train) == ["Anna", "Bert", "Carl"]
+    with pytest.raises(DatasetError, match="has 259 bytes"):
+        init(bare / "again", bare / "scans", bare / "drawn")
+    assert not (bare / "again").exists()
+
+
+def colored(dataset: Dataset, index: int) -> None:
+    dataset.SOPClassUID = dataset.file_meta.MediaStorageSOPClassUID = uid.SecondaryCaptureImageStorage
+    dataset.SamplesPerPixel, dataset.PhotometricInterpretation, dataset.PlanarConfiguration = 3, "RGB", 0
+    dataset.BitsAllocated = dataset.BitsStored = 8
+    dataset.HighBit, dataset.PixelRepresentation = 7, 0
+    dataset.PixelData = bytes(3 * dataset.Rows * dataset.Columns)
+
+
+def test_one_bad_patient_leaves_the_others(hospital: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Two series, a truncated file and a missing slice; a color picture beside a scan is no case and no fault."""
+    folder = hospital / "dicom"
+    dicoms.write(folder / "case1" / "again", dicoms.stack(9), series="1.2.1.9", study="1.2.1", patient="P1")
+    broken = folder / "case2" / "IMAGES" / "IM0002"
+    broken.write_bytes(broken.read_bytes()[:700])
+    small = dicoms.stack(shape=(1, 4, 4))
+    dicoms.write(folder / "case3" / "shot", small, series="1.2.3.9", study="1.2.3", patient="P3", edit=colored)
+    dicoms.write(folder / "case4" / "shot", small, series="1.2.4.9", study="1.2.4", patient="P4", edit=colored)
+    left_out: dict[str, Exception] = {}
+    with caplog.at_level(logging.INFO, logger="scantly"):
+        dataset = init(hospital / "ct", folder, hospital / "drawn", left_out=left_out)
+    assert list(dataset.train) == ["case3"]
+    assert sorted(left_out) == ["case1", "case2"]
+    assert "holds 2 DICOM series; leave one" in str(left_out["case1"])
+    assert "IM0002 cannot be read" in str(left_out["case2"])
+    assert "2 color secondary capture (case3/shot/IM0000, case4/shot/IM0000)" in caplog.text
+    assert "case4 holds no DICOM scan and is left out" in caplog.text
+    assert check(hospital / "ct") == []
+    with pytest.raises(ImageError, match=r"^2 of 3 cases cannot be taken:\n  case1: .*\n  case2: .*IM0002"):
+        init(hospital / "again", folder, hospital / "drawn")
+    assert not (hospital / "again").exists()
+
+
+def test_segmentations_in_dicom_are_no_labels_and_said_to_be_none(hospital: Path) -> None:
+    dicoms.save(dicoms.bare(uid.SegmentationStorage, "1.9.1", "1.2.1", "P1"), hospital / "dicom" / "case1" / "seg.dcm")
+    dicoms.save(dicoms.bare(uid.RTStructureSetStorage, "1.9.2", "1.2.3", "P3"), hospital / "drawn" / "rt.dcm")
+    for labels in ("dicom", "drawn"):
+        with pytest.raises(DatasetError, match=r"(seg|rt)\.dcm.*not read as label.*convert"):
+            init(hospital / "ct", hospital / "dicom", hospital / labels)
+    (hospital / "drawn" / "rt.dcm").unlink()
+    assert init(hospital / "ct", hospital / "dicom", hospital / "drawn").train
+
+
+def test_volumes_of_another_type_among_dicom_are_refused(hospital: Path) -> None:
+    (hospital / "dicom" / "case1" / "case1.mha").write_bytes(b"MetaImage")
+    with pytest.raises(DatasetError, match=r"holds DICOM and other files \(case1/case1\.mha\)"):
+        init(hospital / "ct", hospital / "dicom", hospital / "drawn")
+
+
+def test_a_second_init_into_one_folder_is_refused_and_leftovers_of_a_kill_are_cleared(bare: Path) -> None:
+    def again(done: int, total: int, name: str) -> None:
+        with pytest.raises(RunError, match=r"another process is making .*heart; wait for it"):
+            init(bare / "heart", bare / "scans", bare / "drawn")
+        leftovers.extend(path for path in bare.iterdir() if path.name.startswith(".scantly-init-"))
+
+    leftovers: list[Path] = []
+    init(bare / "heart", bare / "scans", bare / "drawn", progress=again)
+    assert leftovers
+    assert sorted(path.name for path in bare.iterdir()) == ["drawn", "heart", "scans"]

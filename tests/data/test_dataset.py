@@ -122,11 +122,28 @@ def test_a_name_in_both_folders_is_refused(tmp_path: Path) -> None:
         Dataset.open(tmp_path)
 
 
-def test_files_that_fit_no_case_do_not_hinder(tmp_path: Path) -> None:
+def test_companions_do_not_hinder(tmp_path: Path) -> None:
     folders.make(tmp_path, ["a"])
     (tmp_path / "imagesTr" / "notes.txt").write_text("x")
-    (tmp_path / "imagesTr" / "b.nii.gz").write_bytes(b"no channel number")
+    (tmp_path / "imagesTr" / "Thumbs.db").write_text("x")
     assert list(Dataset.open(tmp_path).train) == ["a"]
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("imagesTr/b.nii.gz", r"b\.nii\.gz is not named <case>_0000\.nii\.gz"),
+        ("labelsTr/b.seg.nrrd", r"b\.seg\.nrrd is not named <case>\.nii\.gz.*unlabeled"),
+        ("labelsTr/b.nii", r"b\.nii is not named <case>\.nii\.gz.*unlabeled"),
+        ("labelsTr/more/b.nii.gz", r"more is a folder.*\(b\.nii\.gz\)"),
+    ],
+)
+def test_what_would_be_lost_in_silence_is_refused(tmp_path: Path, name: str, words: str) -> None:
+    folders.make(tmp_path, ["a"], ["b"])
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_bytes(b"x")
+    with pytest.raises(DatasetError, match=words):
+        Dataset.open(tmp_path)
 
 
 def test_unknown_cases_get_the_nearest_name(tmp_path: Path) -> None:

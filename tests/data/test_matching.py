@@ -61,7 +61,8 @@ def test_what_fits_twice_is_refused() -> None:
         (["IMG_0000", "IMG_0001", "IMG_0002"], [], {"IMG_0000": 1, "IMG_0001": 1, "IMG_0002": 1}),
         (["a_0000", "a_0001"], ["a_seg"], {"a": 2}),
         (["IMG_0001", "IMG_0002"], [], {"IMG_0001": 1, "IMG_0002": 1}),
-        (["a_0000", "a_0001", "b_0000"], [], {"a_0000": 1, "a_0001": 1, "b_0000": 1}),
+        (["a_0001", "a_0002", "b_0001"], [], {"a_0001": 1, "a_0002": 1, "b_0001": 1}),
+        ([f"a_000{n}" for n in range(6)] + ["b_0000"], [], {f"a_000{n}": 1 for n in range(6)} | {"b_0000": 1}),
         (["a_0000", "b"], [], {"a_0000": 1, "b": 1}),
     ],
 )
@@ -70,11 +71,29 @@ def test_channels_are_told_from_plain_counts(names: list[str], labels: list[str]
     assert {case: len(paths) for case, paths in grouped.items()} == expected
 
 
+@pytest.mark.parametrize(
+    ("names", "labels"),
+    [
+        (["a_0000", "a_0001", "b_0000"], []),
+        (["a_0000", "a_0001", "b_0000", "b_0002"], []),
+        ([f"a_000{n}" for n in range(6)] + ["b_0000"], ["a"]),
+    ],
+)
+def test_channels_of_some_cases_alone_are_no_scans_of_their_own(names: list[str], labels: list[str]) -> None:
+    with pytest.raises(DatasetError, match=r"a has channels 0, 1.* and b has channels? 0.*add what is missing"):
+        group_channels(files(*names), labels)
+
+
 def test_folders_name_files_that_are_called_alike() -> None:
     paths = [Path("x/p1/mri_norm2.h5"), Path("x/p2/mri_norm2.h5")]
     assert name_files(paths) == {"p1": paths[0], "p2": paths[1]}
     with pytest.raises(DatasetError, match=r"b/p1/mri\.h5 and a/p1/mri\.h5 have the same name"):
         name_files([Path("a/p1/mri.h5"), Path("b/p1/mri.h5")])
+
+
+def test_a_file_above_another_of_its_name_is_no_case_of_its_folder() -> None:
+    with pytest.raises(DatasetError, match=r"scans/old/a\.nii\.gz and scans/a\.nii\.gz have the same name"):
+        name_files([Path("scans/a.nii.gz"), Path("scans/old/a.nii.gz")])
 
 
 def test_label_names() -> None:

@@ -283,9 +283,10 @@ def test_what_is_no_scan_is_passed_over_and_told(tmp_path: Path, caplog: pytest.
         array, _ = read(tmp_path)
     assert np.array_equal(array, volume.stored)
     kinds = (
-        "1 RT structure set, 1 localizer, 2 not DICOM, 1 presentation state, 1 raw data, registration or segmentation"
+        "1 RT structure set (rt), 1 localizer (scout/IM0000), 2 not DICOM (LICENSE, notes.txt), 1 presentation state "
+        "(pr), 1 raw data, registration or segmentation (seg), 1 report (sr)."
     )
-    assert f"passed over what is no DICOM scan: {kinds}, 1 report." in caplog.text
+    assert f"passed over what is no DICOM scan: {kinds}" in caplog.text
     assert "Secret" not in caplog.text
 
 
@@ -579,18 +580,21 @@ def test_image_functions_take_a_series_in_place_of_a_file(tmp_path: Path) -> Non
     assert imaging.read_image([series, series]).array.shape == (2, *dicoms.SHAPE)
 
 
-def test_broken_cases_are_collected_unless_it_is_unclear_what_the_cases_are(tmp_path: Path) -> None:
+def test_broken_cases_are_collected(tmp_path: Path) -> None:
     for number in (1, 2, 3):
         dicoms.write(tmp_path / f"case{number}", series=f"1.2.{number}", study=f"1.{number}", patient=f"N{number}")
     (tmp_path / "case1" / "IM0001").write_bytes(b"")
     (tmp_path / "case1" / "IM0002").write_bytes(b"")
-    broken: list[ImageError] = []
+    broken: list[tuple[str, ImageError]] = []
     assert list(find_cases(tmp_path, broken=broken)) == ["case2", "case3"]
-    (error,) = broken
+    ((name, error),) = broken
+    assert name == "case1"
     assert "case1/IM0001" in str(error)
     dicoms.write(tmp_path / "case3" / "other", series="1.2.9", study="1.3", patient="N3")
-    with pytest.raises(ImageError, match=r"case3 holds 2 DICOM series"):
-        find_cases(tmp_path, broken=[])
+    broken.clear()
+    assert list(find_cases(tmp_path, broken=broken)) == ["case2"]
+    assert [name for name, _ in broken] == ["case1", "case3"]
+    assert "case3 holds 2 DICOM series" in str(broken[1][1])
 
 
 @pytest.mark.parametrize("given", [{}, {"series": "1.2.826.0.1.77.1"}])
@@ -601,6 +605,6 @@ def test_a_broken_slice_of_the_only_series_is_never_left_out(tmp_path: Path, giv
     for path in list((tmp_path / "x").iterdir())[:2]:
         path.rename(tmp_path / "y" / path.name)
     next((tmp_path / "y").iterdir()).write_bytes(b"")
-    broken: list[ImageError] = []
+    broken: list[tuple[str, ImageError]] = []
     assert find_cases(tmp_path, broken=broken, **given) == {}
     assert len(broken) == 1

@@ -133,7 +133,7 @@ def test_one_sound_patient_beside_a_broken_one(model: Path, tmp_path: Path) -> N
 def test_predictions_are_not_written_among_the_dicom_files(model: Path, tmp_path: Path, out: str) -> None:
     dicoms.write(tmp_path / "scans" / "p1", dicoms.stack(shape=SHAPE))
     before = sorted((tmp_path / "scans").rglob("*"))
-    with pytest.raises(ImageError, match=r"lies in .*scans, a folder of DICOM scans.* choose another --out"):
+    with pytest.raises(ImageError, match=r"lies in .*scans, whose scans are all taken.* choose another --out"):
         predict(model, [tmp_path / "scans"], tmp_path / "scans" / out)
     assert sorted((tmp_path / "scans").rglob("*")) == before
     predict(model, [tmp_path / "scans" / "p1"], tmp_path / "scans")

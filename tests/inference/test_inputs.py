@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import dicom_series as dicoms
-from scantly.errors import ImageError
+from scantly.errors import ImageError, ScantlyError
 from scantly.imaging import file_ending, read_image
 from scantly.imaging.dicom import Series
 from scantly.inference.inputs import find_inputs
@@ -105,9 +105,104 @@ def test_every_series_is_examined_before_any_prediction(patients: Path) -> None:
     (patients / "case2" / "DICOM" / "IM0002").unlink()
     with pytest.raises(ImageError, match=r"case2 .*lacks 1 slice"):
         find_inputs([patients], channels=1)
-    broken: list[ImageError] = []
+    broken: list[tuple[str, ImageError]] = []
     assert list(find_inputs([patients], channels=1, broken=broken)) == ["case1"]
-    assert len(broken) == 1 and "lacks 1 slice" in str(broken[0])
+    ((name, error),) = broken
+    assert name == "case2"
+    assert "lacks 1 slice" in str(error)
+
+
+def test_a_patient_of_two_series_does_not_hinder_the_others(patients: Path) -> None:
+    dicoms.write(patients / "case1" / "other", dicoms.stack(9), series="1.2.1.9", study="1.2.1", patient="P1")
+    broken: list[tuple[str, ImageError]] = []
+    assert list(find_inputs([patients], channels=1, broken=broken)) == ["case2"]
+    ((name, error),) = broken
+    assert name == "case1"
+    assert "choose one with predict --series UID" in str(error)
+
+
+def test_missing_and_additional_channels_are_the_fault_of_their_case(tmp_path: Path) -> None:
+    folder = _touch(tmp_path / "two", "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz", "c_0001.nii.gz")
+    broken: list[tuple[str, ImageError]] = []
+    assert list(find_inputs([folder], channels=2, broken=broken)) == ["a"]
+    assert [name for name, _ in broken] == ["b", "c"]
+    assert "'b' has channels [0], the model takes [0, 1]" in str(broken[0][1])
+    folder, broken = _touch(tmp_path / "one", "a_0000.nii.gz", "a_0001.nii.gz", "b_0000.nii.gz"), []
+    assert list(find_inputs([folder], channels=1, broken=broken)) == ["b"]
+    assert "'a' has channels [0, 1], the model takes [0]" in str(broken[0][1])
+
+
+def test_numbered_slices_are_scans_of_their_own(tmp_path: Path) -> None:
+    folder = _touch(tmp_path, *(f"{case}_{n:04d}.png" for case, count in (("a", 6), ("b", 4)) for n in range(count)))
+    assert len(find_inputs([folder], channels=1)) == 10
+
+
+def test_scans_in_subfolders_are_found_as_init_finds_them(tmp_path: Path) -> None:
+    folder = _touch(tmp_path / "scans", "a.nii.gz")
+    _touch(folder / "more" / "deep", "b_0000.nii.gz", ".hidden.nii.gz")
+    assert find_inputs([folder], channels=1) == {
+        "a": (folder / "a.nii.gz",),
+        "b": (folder / "more" / "deep" / "b_0000.nii.gz",),
+    }
+    alike = _touch(tmp_path / "la" / "p1", "mri_norm2.h5").parent
+    _touch(alike / "p2", "mri_norm2.h5")
+    assert list(find_inputs([alike], channels=1)) == ["p1", "p2"]
+
+
+@pytest.mark.parametrize("name", ["b.mha", "b.seg.nrrd", "b.jpg", "more/b.mha", "b"])
+def test_a_scan_of_a_type_that_is_not_read_is_refused(tmp_path: Path, name: str) -> None:
+    folder = _touch(tmp_path / "scans", "a.nii.gz", "README.txt", "Thumbs.db")
+    assert list(find_inputs([folder], channels=1)) == ["a"]
+    _touch((folder / name).parent, Path(name).name)
+    with pytest.raises(ScantlyError, match=rf"holds 1 file of a type that is not read: {name}; convert"):
+        find_inputs([folder], channels=1)
+
+
+def test_two_files_of_one_scan_are_refused(tmp_path: Path) -> None:
+    folder = _touch(tmp_path / "scans", "c0.nii", "c0.nii.gz", "c1.nii.gz")
+    with pytest.raises(ScantlyError, match=r"c0\.nii.* and .*c0\.nii.* have the same name"):
+        find_inputs([folder], channels=1)
+
+
+def test_labels_among_the_scans_are_refused(tmp_path: Path) -> None:
+    folder = _touch(tmp_path / "scans", "a.nii.gz", "b.nii.gz")
+    marked = _touch(folder, "a_seg.nii.gz") / "a_seg.nii.gz"
+    with pytest.raises(ImageError, match=r"files that are called like labels \(a_seg\.nii\.gz\)"):
+        find_inputs([folder], channels=1)
+    marked.unlink()
+    _touch(folder / "labels", "a.nii.gz")
+    with pytest.raises(ImageError, match=r"files that are called like labels \(labels/a\.nii\.gz\)"):
+        find_inputs([folder], channels=1)
+    assert list(find_inputs([folder / "a.nii.gz", folder / "b.nii.gz"], channels=1)) == ["a", "b"]
+
+
+def test_a_dataset_folder_is_no_folder_of_scans(tmp_path: Path) -> None:
+    _touch(tmp_path / "heart", "dataset.json")
+    _touch(tmp_path / "heart" / "imagesTs", "a_0000.nii.gz")
+    with pytest.raises(ImageError, match=r"heart is a dataset folder; give .*imagesTr or .*imagesTs"):
+        find_inputs([tmp_path / "heart"], channels=1)
+    assert list(find_inputs([tmp_path / "heart" / "imagesTs"], channels=1)) == ["a"]
+
+
+def test_predictions_do_not_go_among_the_scans(tmp_path: Path) -> None:
+    folder = _touch(tmp_path / "scans", "a_0000.nii.gz")
+    for out in (folder, folder / "predictions"):
+        with pytest.raises(ImageError, match=r"lies in .*scans, whose scans are all taken.*choose another --out"):
+            find_inputs([folder], channels=1, out=out)
+    assert find_inputs([folder / "a_0000.nii.gz"], channels=1, out=folder)
+
+
+def test_other_scans_beside_a_chosen_series_are_named(patients: Path, caplog: pytest.LogCaptureFixture) -> None:
+    _touch(patients, "drawn.nii.gz")
+    with caplog.at_level("INFO", logger="scantly"):
+        find_inputs([patients], channels=1, series="1.2.1.1")
+    assert "passed over what is no DICOM scan: 1 not DICOM (drawn.nii.gz)" in caplog.text
+
+
+def test_volumes_of_another_type_among_dicom_are_refused(patients: Path) -> None:
+    _touch(patients / "case1", "case1.mha")
+    with pytest.raises(ImageError, match=r"holds DICOM and other scans \(case1/case1\.mha\)"):
+        find_inputs([patients], channels=1)
 
 
 def test_a_folder_of_dicom_and_other_scans_is_refused(patients: Path) -> None:

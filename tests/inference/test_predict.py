@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from scantly.data.plan import Plan
-from scantly.errors import ConfigError, DeviceError, ImageError
+from scantly.errors import ConfigError, DeviceError, ImageError, RunError
 from scantly.imaging import read_image, read_label
 from scantly.inference.inputs import find_inputs
 from scantly.inference.model import load_model, save_model
@@ -119,7 +119,7 @@ def test_a_scan_is_never_overwritten_by_its_prediction(trained, cohort, tmp_path
     scan.write_bytes(next((cohort / "imagesTs").glob("*.nii.gz")).read_bytes())
     before = scan.read_bytes()
     with pytest.raises(ImageError, match=r"patient\.nii\.gz is a scan .* choose another --out"):
-        predict(trained.folder, [tmp_path], tmp_path)
+        predict(trained.folder, [scan], tmp_path)
     assert scan.read_bytes() == before
     assert [item.name for item in tmp_path.iterdir()] == ["patient.nii.gz"]
     assert predict(trained.folder, [scan], tmp_path / "out")
@@ -252,10 +252,12 @@ def test_the_uncertainty_of_one_scan_is_not_the_label_of_another(trained, cohort
 
 
 def test_when_all_scans_fail_none_is_said_to_be_there(trained, cohort, tmp_path):
+    (tmp_path / "scans").mkdir()
     for name in "ab":
-        (tmp_path / f"{name}_0000.nii.gz").write_bytes(b"no scan")
+        (tmp_path / "scans" / f"{name}_0000.nii.gz").write_bytes(b"no scan")
     with pytest.raises(ImageError, match=r"^2 of 2 scans cannot be predicted; mend or remove them"):
-        predict(trained.folder, [tmp_path], tmp_path / "out")
+        predict(trained.folder, [tmp_path / "scans"], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_bad_scan_does_not_keep_the_others_from_being_predicted(trained, cohort, tmp_path, passes):
@@ -268,6 +270,60 @@ def test_a_bad_scan_does_not_keep_the_others_from_being_predicted(trained, cohor
     assert "give the same command again" in first
     assert [str(scans / f"{name}_0000.nii.gz") in line for name, line in zip("ab", others, strict=True)] == [True] * 2
     assert (out / "c.nii.gz").is_file()
+
+
+def test_whatever_is_wrong_with_one_scan_the_others_are_predicted(trained, cohort, tmp_path, passes, monkeypatch):
+    """A link to nothing, a second channel, a name too long for its output, and one that is too large."""
+    scans, out = scans_of(cohort, tmp_path / "scans"), tmp_path / "out"
+    (scans / "d_0000.nii.gz").symlink_to(tmp_path / "gone.nii.gz")
+    shutil.copy(scans / "a_0000.nii.gz", scans / "b_0001.nii.gz")
+    long = "e" * 240
+    shutil.copy(scans / "a_0000.nii.gz", scans / f"{long}_0000.nii.gz")
+    spied = Predictor.predict
+
+    def too_large(self, images, **options):
+        if images[0].name.startswith("c"):
+            raise DeviceError("too large.")
+        return spied(self, images, **options)
+
+    monkeypatch.setattr(Predictor, "predict", too_large)
+    outcome = predict_folder(trained.folder, [scans], out, uncertainty=True)
+    ends = {
+        "b": "named <case>_0000, <case>_0001, ...",
+        "c": "too large.",
+        "d": "d_0000.nii.gz does not exist.",
+        long: "which has 259 bytes; shorten its name to fit 255.",
+    }
+    assert sorted(name for name, _ in outcome.failed) == sorted(ends)
+    assert all(str(error).endswith(ends[name]) for name, error in outcome.failed)
+    assert sorted(path.name for path in out.glob("*.nii.gz")) == ["a.nii.gz", "a_uncertainty.nii.gz"]
+    monkeypatch.setattr(Predictor, "predict", spied)
+    passes.clear()
+    (scans / "b_0001.nii.gz").unlink()
+    assert predict_folder(trained.folder, [scans], out, uncertainty=True).present == 1
+    assert passes == ["b", "c", "d"]
+
+
+def test_two_predictions_into_one_folder_at_once(trained, cohort, tmp_path):
+    out = tmp_path / "out"
+
+    def again(done, total, case):
+        if not case:  # the end, behind the lock
+            return
+        refused.append(case)
+        with pytest.raises(RunError, match=r"another process is predicting in .*out; wait for it or choose another"):
+            predict(trained.folder, [cohort / "imagesTs"], out)
+
+    refused = []
+    predict(trained.folder, [cohort / "imagesTs"], out, progress=again)
+    assert len(refused) == 2
+    assert all(path.name.endswith(".nii.gz") for path in out.iterdir())
+
+
+def test_what_a_kill_left_is_removed(trained, cohort, tmp_path):
+    (tmp_path / ".tmp-1234-a.nii.gz").write_bytes(b"half")
+    written = predict(trained.folder, [next((cohort / "imagesTs").glob("*.nii.gz"))], tmp_path)
+    assert list(tmp_path.iterdir()) == written
 
 
 @pytest.mark.parametrize("content", ["[]", '{"key": "1", "done": []}', '{"key": "1", "done": {"a": "state"}}'])

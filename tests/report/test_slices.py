@@ -94,6 +94,16 @@ def test_moved_dataset_or_predictions_are_said_not_raised(make_run: MakeRun) -> 
     assert missing.startswith("The scans of b cannot be shown: /nowhere/cohort")
 
 
+def test_a_case_that_cannot_be_shown_does_not_hide_the_others(make_run: MakeRun) -> None:
+    run = make_run("a", shift=1)
+    (result,) = collect([run])[0].results
+    best = examples(result, "test")[0][0].case
+    (run.predictions("test") / f"{best}.nii.gz").unlink()
+    shown, missing = examples(result, "test")
+    assert [example.rank for example in shown] == ["median", "worst"]
+    assert missing.startswith(f"{best} of a cannot be shown: ")
+
+
 def test_outline_of_a_pixel_surrounds_its_center() -> None:
     mask = np.zeros((4, 5), bool)
     mask[1, 2] = True

@@ -6,6 +6,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+from filelock import FileLock
 from torch import nn
 
 from scantly.data.plan import Plan
@@ -14,7 +15,8 @@ from scantly.inference.model import load_model
 from scantly.inference.settings import InferenceSettings
 from scantly.inference.windows import predict_array
 from scantly.training import engine, stages, validation
-from scantly.training.evaluate import evaluate_folders, evaluate_run
+from scantly.training.evaluate import evaluate_run, score_run
+from scantly.training.folders import evaluate_folders, score_folders
 from scantly.training.resolve import resolve
 from scantly.training.train import train_config
 
@@ -40,10 +42,92 @@ def test_pairs_that_do_not_fit_are_named(cohort, tmp_path):
     with pytest.raises(ImageError, match="label 9"):
         evaluate_folders(predictions, cohort / "labelsTs", classes=("background", "a"))
     first.rename(predictions / "stranger.nii.gz")
-    with pytest.raises(ImageError, match="no label for 'stranger'"):
+    with pytest.raises(ImageError, match="no reference for 1 of 2 predictions: stranger"):
         evaluate_folders(predictions, cohort / "labelsTs")
     with pytest.raises(ImageError, match="not a folder"):
         evaluate_folders(tmp_path / "nowhere", cohort / "labelsTs")
+
+
+def references(folder, names="ab"):
+    """Label files of one class in a corner, one per letter."""
+    folder.mkdir()
+    for name in names:
+        label = np.zeros((6, 5, 4), np.uint8)
+        label[:3] = 1
+        nib.save(nib.Nifti1Image(label, np.eye(4)), folder / f"{name}.nii.gz")
+    return folder
+
+
+def test_a_reference_without_prediction_is_no_success(tmp_path):
+    """Two perfect predictions of four cases are no Dice of 1.000."""
+    labels, predictions = references(tmp_path / "labels", "abcd"), references(tmp_path / "predictions", "bd")
+    with pytest.raises(
+        ImageError, match=r"predictions has no prediction for 2 of 4 references: a, c; .*--allow-missing"
+    ):
+        evaluate_folders(predictions, labels)
+    table, summary = evaluate_folders(predictions, labels, allow_missing=True)
+    assert list(table["case"]) == ["b", "d"]
+    assert summary["missing"] == ["a", "c"]
+    assert summary["overall"]["dice"]["mean"] == 1.0
+    assert evaluate_folders(labels, labels)[1]["missing"] == []
+
+
+def test_predictions_without_reference_are_all_named(tmp_path):
+    labels, predictions = references(tmp_path / "labels", "a"), references(tmp_path / "predictions", "abc")
+    with pytest.raises(ImageError, match=r"labels has no reference for 2 of 3 predictions: b, c; "):
+        evaluate_folders(predictions, labels, allow_missing=True)
+
+
+@pytest.mark.parametrize("side", ["labels", "predictions"])
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("a.nii", r"a\.nii.* and .*a\.nii.* are both 'a'; keep one"),
+        ("b.mha", r"holds 1 file of a type that is not read: b\.mha"),
+        ("z.dcm", r"holds 1 file of a type that is not read: z\.dcm"),
+        ("more/b.nii.gz", r"files in subfolders, which are not searched: more/b\.nii\.gz"),
+    ],
+)
+def test_what_would_not_be_scored_is_refused(tmp_path, side, name, words):
+    folders = {kind: references(tmp_path / kind) for kind in ("labels", "predictions")}
+    (folders[side] / name).parent.mkdir(exist_ok=True)
+    (folders[side] / name).write_bytes(b"x")
+    with pytest.raises(ImageError, match=words):
+        evaluate_folders(folders["predictions"], folders["labels"])
+
+
+def test_companions_and_what_predict_writes_beside_label_maps_are_passed_over(tmp_path):
+    labels, predictions = references(tmp_path / "labels"), references(tmp_path / "predictions")
+    for name in ("a_uncertainty.nii.gz", "a_probabilities.nii.gz", "a.dcm", "README.md", "Thumbs.db", ".DS_Store"):
+        (predictions / name).write_bytes(b"x")
+    assert set(evaluate_folders(predictions, labels)[0]["case"]) == {"a", "b"}
+
+
+def test_a_case_may_be_called_like_an_uncertainty(tmp_path):
+    labels = references(tmp_path / "labels")
+    (labels / "a.nii.gz").rename(labels / "c_uncertainty.nii.gz")
+    assert set(evaluate_folders(labels, labels)[0]["case"]) == {"b", "c_uncertainty"}
+
+
+def test_an_unfinished_prediction_is_told(tmp_path, caplog):
+    labels, predictions = references(tmp_path / "labels"), references(tmp_path / "predictions")
+    (predictions / ".scantly-predictions.json").write_text("{}")
+    evaluate_folders(predictions, labels)
+    assert "predictions holds an unfinished prediction" in caplog.text
+
+
+def test_cases_that_cannot_be_scored_are_all_told_and_the_others_are_scored(tmp_path):
+    labels, predictions = references(tmp_path / "labels", "abcd"), references(tmp_path / "predictions", "abcd")
+    (predictions / "a.nii.gz").write_bytes(b"no label")
+    (labels / "b.nii.gz").write_bytes(b"no label")
+    nib.save(nib.Nifti1Image(np.full((6, 5, 4), 7, np.uint8), np.eye(4)), predictions / "c.nii.gz")
+    scores = score_folders(predictions, labels, classes=("background", "x"))
+    assert list(scores.table["case"]) == ["d"]
+    assert list(scores.failed) == ["a", "b", "c"]
+    assert [failure["case"] for failure in scores.summary["failed"]] == ["a", "b", "c"]
+    assert scores.summary["overall"]["cases"] == 1
+    with pytest.raises(ImageError, match=r"^3 of 4 cases cannot be scored:\n  a: .*\n  b: .*\n  c: .*label 7"):
+        evaluate_folders(predictions, labels, classes=("background", "x"))
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +152,36 @@ def test_summary_says_what_was_measured_and_how(run):
     assert len(table) == 2 * 3
     by_hand = table.groupby("class")["dice"].mean().mean()
     assert summary["overall"]["dice"]["mean"] == pytest.approx(by_hand)
+
+
+@pytest.fixture
+def spoilt(run, cohort):
+    """The run, one of whose test scans is cut off for a while."""
+    scan = sorted((cohort / "imagesTs").iterdir())[0]
+    whole = scan.read_bytes()
+    scan.write_bytes(whole[:300])
+    yield scan.name.removesuffix("_0000.nii.gz")
+    scan.write_bytes(whole)
+
+
+def test_a_bad_test_case_does_not_end_the_evaluation_and_leaves_no_result(run, spoilt):
+    before = {path: path.read_bytes() for path in (run.folder / "evaluation").glob("*")}
+    shutil.rmtree(run.predictions("test"), ignore_errors=True)
+    with pytest.raises(ImageError, match=f"{spoilt}_0000.* truncated"):
+        run.evaluate("test")
+    assert [path.name for path in run.predictions("test").iterdir()] != []
+    scores = score_run(run, "test")
+    assert list(scores.failed) == [spoilt]
+    assert scores.table["case"].nunique() == 1
+    assert scores.place is None
+    assert {path: path.read_bytes() for path in (run.folder / "evaluation").glob("*")} == before
+
+
+def test_two_evaluations_of_one_split_at_once(run):
+    place = run.predictions("test")
+    place.mkdir(parents=True, exist_ok=True)
+    with FileLock(place / ".lock"), pytest.raises(RunError, match="another process is evaluating"):
+        run.evaluate("test")
 
 
 def test_unknown_or_unevaluated_splits(run):

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from scantly.cli.output import progress, say, say_json
+from scantly.cli.output import progress, say, say_json, warn
 
 if TYPE_CHECKING:
     from scantly.data.checks import Finding
+    from scantly.errors import ScantlyError
 
 __all__ = ["check", "init"]
 
@@ -35,19 +37,31 @@ def init(
     """Bare folders of scans and labels -> dataset folder.
 
     DICOM series are converted to NIfTI. The new folder is checked at once. Scans without a label map become the
-    unlabeled pool. Channel and class names are written down for you to edit.
+    unlabeled pool. Channel and class names are written down for you to edit. Cases that cannot be taken are named
+    and left out, with exit status 2.
     """
     from scantly.data.create import init as make_dataset
 
+    left_out: dict[str, ScantlyError] = {}
     with progress("reading") as report:
-        made = make_dataset(dataset, images, labels, link=not copy, progress=report)
+        made = make_dataset(dataset, images, labels, link=not copy, progress=report, left_out=left_out)
     unlabeled = sum(case.label is None for case in made.train.values())
     say(f"{dataset}: {_cases(len(made.train) - unlabeled)} with label, {unlabeled} without")
     say(f"channels: {', '.join(made.channels)}")
     say(f"classes: {', '.join(f'{value} {name}' for value, name in enumerate(made.classes))}")
     say(f"Next: edit the channel and class names in {dataset / 'dataset.json'}; if subjects have several")
     say(f"scans or you have lists for training and test, write {dataset / 'splits.json'}.\n")
-    _check(dataset, as_json=False)
+    faulty = _check(dataset, as_json=False)
+    if left_out:
+        _say_left_out(dataset, left_out)
+    if faulty or left_out:
+        raise typer.Exit(_HAS_ERRORS)
+
+
+def _say_left_out(dataset: Path, left_out: Mapping[str, ScantlyError]) -> None:
+    count = f"{_cases(len(left_out))} {'is' if len(left_out) == 1 else 'are'}"
+    listed = "\n".join(f"  {name}: {error}" for name, error in left_out.items())
+    warn(f"{count} left out; mend what is said here, remove {dataset} and give the same command again:\n{listed}")
 
 
 def check(
@@ -58,10 +72,12 @@ def check(
 
     Reads every file of the dataset folder. Exit status 2 if there is an error; warnings alone give 0.
     """
-    _check(dataset, as_json=json)
+    if _check(dataset, as_json=json):
+        raise typer.Exit(_HAS_ERRORS)
 
 
-def _check(dataset: Path, *, as_json: bool) -> None:
+def _check(dataset: Path, *, as_json: bool) -> bool:
+    """Say what is wrong; returns whether there is an error."""
     from scantly.data.checks import check as find_faults
 
     with progress("checking") as report:
@@ -84,8 +100,7 @@ def _check(dataset: Path, *, as_json: bool) -> None:
         _say_group("warning", warnings)
         if cases is not None:
             say(f"no {'error' if warnings else 'fault'} found in {_cases(cases)}")
-    if errors:
-        raise typer.Exit(_HAS_ERRORS)
+    return bool(errors)
 
 
 def _count(dataset: Path) -> int:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
     from scantly.evaluation import Definition
+    from scantly.inference.predict import Outcome
 
 __all__ = ["compare", "evaluate", "predict", "say_comparison"]
 
@@ -66,11 +67,13 @@ def predict(
     device: Annotated[
         str, typer.Option("--device", metavar="auto|cpu|cuda", help="auto: a GPU where there is one.")
     ] = "auto",
+    json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Segment scans.
 
     The label maps have exactly the geometry and the file type of their inputs (.h5 has neither: .nii.gz).
-    After an interruption the same command goes on with the scans that are missing.
+    Folders are searched with their subfolders. Scans that cannot be predicted are listed at the end, with exit
+    status 2. After that, or an interruption, the same command goes on with the scans that are missing.
     """
     from scantly.inference.predict import predict_folder
 
@@ -98,6 +101,22 @@ def predict(
             method=method_settings(set_values),
             progress=report,
         )
+    if json:
+        say_json(
+            {
+                "out": str(out),
+                "label_maps": [str(path) for path in outcome.files],
+                "present": outcome.present,
+                "failed": [{"case": case, "reason": str(error)} for case, error in outcome.failed],
+            }
+        )
+    elif outcome.files:
+        _say_written(outcome, out)
+    if outcome.error is not None:
+        raise outcome.error
+
+
+def _say_written(outcome: Outcome, out: Path) -> None:
     count = len(outcome.files) - outcome.present
     verb = "was" if outcome.present == 1 else "were"
     before = f"; {outcome.present} of an interrupted prediction {verb} already there" if outcome.present else ""
@@ -129,6 +148,10 @@ def evaluate(
     device: Annotated[
         str | None, typer.Option("--device", metavar="auto|cpu|cuda", help="auto: a GPU where there is one.")
     ] = None,
+    allow_missing: Annotated[
+        bool,
+        typer.Option("--allow-missing", help="Score the predictions there are, though references lack theirs."),
+    ] = False,
     json: Annotated[bool, typer.Option("--json", help="Print one JSON document.")] = False,
 ) -> None:
     """Score a run, or label maps of any origin.
@@ -136,7 +159,8 @@ def evaluate(
     A run is scored on its validation or test cases, other label maps against references of the same names
     (class names come from a dataset.json beside the folder of references).
     Dice, Jaccard, HD95, ASD and more per case and class, in voxels and mm; missed and spurious structures are
-    counted and never flatter.
+    counted and never flatter. Cases that cannot be scored are listed at the end, with exit status 2; the result of a
+    run is then printed but not kept.
     """
     from scantly.errors import ConfigError
 
@@ -158,40 +182,43 @@ def evaluate(
         "--set": set_values,
         "--predictions": predictions,
         "--labels": labels,
+        "--allow-missing": allow_missing or None,
     }
     named = {name for name, value in given.items() if value is not None}
-    place = None
-    if predictions is not None and labels is not None and named == {"--predictions", "--labels"}:
+    of_folders = {"--predictions", "--labels", "--allow-missing"}
+    if predictions is not None and labels is not None and named <= of_folders:
         from scantly.data.layout import describe
-        from scantly.training.evaluate import evaluate_folders
+        from scantly.training.folders import score_folders
 
         described = describe(labels.parent)[0]
-        summary = evaluate_folders(predictions, labels, classes=described.classes if described else None)[1]
-    elif run is not None and not named & {"--predictions", "--labels"}:
-        from scantly.training.evaluate import evaluate_run
+        classes = described.classes if described else None
+        scores = score_folders(predictions, labels, classes=classes, allow_missing=allow_missing)
+    elif run is not None and not named & of_folders:
+        from scantly.training.evaluate import score_run
         from scantly.training.run import Run
 
-        opened = Run.open(run)
-        summary = evaluate_run(
-            opened,
+        scores = score_run(
+            Run.open(run),
             split,
             device=device or "auto",
             precision=precision or "32",
             inference=settings,
             method=method_settings(set_values),
         )
-        place = opened.folder / "evaluation" / f"{summary['name']}.csv"
     else:
         raise ConfigError(
-            "evaluate takes a RUN (with --split), or --predictions and --labels together, nothing else; "
+            "evaluate takes a RUN (with --split), or --predictions and --labels together (with --allow-missing), "
+            "nothing else; "
             f"got {' and '.join(name for name in given if name in named) or 'neither'}."
         )
     if json:
-        say_json(summary)
-        return
-    _say_summary(summary)
-    if place is not None:
-        say(f"per case: {place}")
+        say_json(scores.summary)
+    else:
+        _say_summary(scores.summary)
+        if scores.place is not None:
+            say(f"per case: {scores.place}")
+    if scores.error is not None:
+        raise scores.error
 
 
 def _say_summary(summary: Mapping[str, Any]) -> None:
@@ -200,10 +227,12 @@ def _say_summary(summary: Mapping[str, Any]) -> None:
     rows.append(_row("mean over classes", {**summary["overall"], "averaged": None}))
     about = [str(summary[key]) for key in ("method", "name") if key in summary]
     title = " on ".join(about) or "predictions"
+    scored, lost = summary["overall"]["cases"], len(summary.get("failed", ())) + len(summary.get("missing", ()))
+    cases = f"{scored} of {scored + lost} cases" if lost else f"{scored} cases"
     say_table(
         ["class", *_heads(definitions), "n", *_COUNTED.values()],
         rows,
-        title=f"{title}: {summary['overall']['cases']} cases, protocol {summary['protocol']}",
+        title=f"{title}: {cases}, protocol {summary['protocol']}",
     )
     say_wrapped(
         "Mean ± standard deviation over cases. n: cases in the means; missed, spurious, in neither: structures that "
@@ -211,6 +240,8 @@ def _say_summary(summary: Mapping[str, Any]) -> None:
     )
     _say_definitions(definitions)
     say_wrapped(f"Empty masks: {summary['empty_masks']}")
+    if summary.get("missing"):
+        say_wrapped(f"Not scored, since there is no prediction: {', '.join(summary['missing'])}.")
 
 
 def _definitions() -> dict[str, Definition]:

@@ -35,12 +35,13 @@ import filelock
 from scantly import imaging
 from scantly.data.arrays import chunks_for, write_array
 from scantly.data.dataset import Dataset
+from scantly.data.faults import as_one, case_faults
 from scantly.data.parallel import in_order, worker_count
 from scantly.data.plan import Plan
 from scantly.data.prepare import Record, prepare, prepare_label
 from scantly.data.presence import Presence
 from scantly.data.store import FORMAT, MANIFEST, Store
-from scantly.errors import ConfigError, DatasetError, ImageError
+from scantly.errors import ConfigError, DatasetError, ImageError, ScantlyError
 from scantly.files import digest, read_json, write_json, write_text
 from scantly.imaging import Label
 
@@ -61,6 +62,7 @@ def build_store(
     *,
     root: Path | None = None,
     with_labels: Collection[str],
+    check_labels: Collection[str] = (),
     workers: int | None = None,
     progress: Report | None = None,
 ) -> Store:
@@ -76,6 +78,7 @@ def build_store(
         root: Cache folder; ``None``: ``$SCANTLY_CACHE``, else ``~/.cache/scantly``.
         with_labels: Those whose label is prepared too (names outside ``names`` are ignored); the label files
             of all others are not opened.
+        check_labels: Those whose label is read but not prepared, for validation: what is wrong with it is told now.
         workers: Processes that prepare; 0 or 1: none but this one; ``None``: one per core that this process may
             use, as many as memory allows.
         progress: Called as ``progress(done, total, name)`` after each case, in the order of ``names``.
@@ -88,7 +91,8 @@ def build_store(
         DatasetError: if no labeled case has any foreground.
         DatasetError: if a case has the wrong number of channels, a label lies on another grid than its image
             (naming both), holds a value that is not in ``dataset.json``, or is missing.
-        ImageError: if a file cannot be read or holds NaN.
+        ImageError: if a file cannot be read or holds NaN. The faults of all cases are told, a line each; the others
+            are prepared nevertheless.
         RunError: if the cache folder cannot be written, or a worker is killed.
     """
     if len(plan.normalization) != len(dataset.channels):
@@ -102,18 +106,25 @@ def build_store(
     base.mkdir(parents=True, exist_ok=True)
     with _locked(base):
         _clear_leftovers(base / "images", folder / "labels")
-        jobs = [_Job(dataset, name, plan, base, folder, name in labeled) for name in names]
+        jobs = [_Job(dataset, name, plan, base, folder, name in labeled, name in check_labels) for name in names]
         known = [job.known() for job in jobs]
         missing = [job for job, entry in zip(jobs, known, strict=True) if entry is None]
         need = max((job.memory() for job in missing), default=0) if workers is None else 0
         processes = worker_count(workers, len(missing), need)
         shapes: dict[str, dict[str, Any]] = {}
-        with closing(in_order(_Job.run, missing, processes)) as made:
+        faults: dict[str, list[ScantlyError]] = {}
+        with closing(in_order(_Job.attempt, missing, processes)) as made:
             for done, (name, entry) in enumerate(zip(names, known, strict=True), start=1):
-                shapes[name] = next(made) if entry is None else entry
+                found = next(made) if entry is None else entry
+                if isinstance(found, list):
+                    faults[name] = found
+                else:
+                    shapes[name] = found
                 if progress is not None:
                     progress(done, len(names), name)
         _clear_leftovers(base / "images", folder / "labels")  # of workers that outlived a killed process for a moment
+        if faults:
+            raise as_one(faults, len(names))
         manifest = {
             "format": FORMAT,
             "dataset": dataset.name,
@@ -157,17 +168,33 @@ class _Job:
     base: Path
     folder: Path
     with_label: bool
+    check_label: bool = False
 
     def known(self) -> dict[str, Any] | None:
         """The case's entry in the manifest if nothing needs to be made."""
-        image = _whole(self._image_path, self._image_sources())
-        if image is None or (self.with_label and _whole(self._label_path, self._label_sources()) is None):
+        if self.check_label:
+            return None
+        try:
+            image = _whole(self._image_path, self._image_sources())
+            if image is None or (self.with_label and _whole(self._label_path, self._label_sources()) is None):
+                return None
+        except DatasetError:  # a file is gone, as :meth:`attempt` will tell
             return None
         return self._entry(image["record"])
+
+    def attempt(self) -> dict[str, Any] | list[ScantlyError]:
+        """As :meth:`run`; what is wrong with the case instead of an error."""
+        try:
+            return self.run()
+        except (DatasetError, ImageError) as error:
+            asked = self.with_label or self.check_label
+            return case_faults(self.dataset, self.name, with_label=asked) or [error]
 
     def run(self) -> dict[str, Any]:
         """Make what is missing; returns the case's entry in the manifest."""
         record = self._image()
+        if self.check_label:
+            self.dataset.read_label(self.name)
         if self.with_label:
             self._label(Record.from_dict(record))
         return self._entry(record)
@@ -236,6 +263,8 @@ def _sources(paths: Sequence[Path]) -> list[list[Any]]:
             state = path.stat()
         except FileNotFoundError:
             raise DatasetError(f"{path} does not exist; restore it or remove the case.") from None
+        except OSError as error:
+            raise DatasetError(f"{path} cannot be read ({error.strerror}); check path and permissions.") from error
         found.append([str(path.absolute()), state.st_size, state.st_mtime_ns])
     return found
 

@@ -17,7 +17,7 @@ import numpy as np
 from scantly import imaging
 from scantly.data.dataset import channel_sentence, geometry_sentence, label_fault
 from scantly.data.layout import Case, Description, Fault, Scan, describe, files_of, scan, visible
-from scantly.data.splitfile import SplitFile, on_both_sides, read_split_file, split_faults
+from scantly.data.splitfile import SplitFile, left_out, listed, on_both_sides, read_split_file, split_faults
 from scantly.errors import DatasetError, ImageError
 
 __all__ = ["Finding", "check"]
@@ -59,6 +59,7 @@ def check(dataset_root: str | Path, *, progress: Callable[[int, int, str], None]
         return findings
     found = scan(root, ending, channels=len(description.channels) if description else None)
     findings += [_finding(fault) for fault in found.faults]
+    findings += _number_of_cases(root, description, found)
     file, of_splits = _read_splits(root, found)
     findings += of_splits
     if found.train and not any(case.label for case in found.train.values()):
@@ -86,7 +87,27 @@ def _read_splits(root: Path, found: Scan) -> tuple[SplitFile | None, list[Findin
         return None, [Finding("error", "split_file", str(path), str(error))]
     if file is None:
         return None, []
-    return file, [_finding(fault) for fault in split_faults(file, path, found.train, found.test)]
+    findings = [_finding(fault) for fault in split_faults(file, path, found.train, found.test)]
+    unused = left_out(file, found.train)
+    if unused:
+        sentence = (
+            f"{path}: no list names {listed(unused)} of imagesTr, so no run uses "
+            f"{'this case' if len(unused) == 1 else f'these {len(unused)} cases'}; add to 'train' what is to be used."
+        )
+        findings.append(Finding("warning", "split_leaves_out", str(path), sentence))
+    return file, findings
+
+
+def _number_of_cases(root: Path, description: Description | None, found: Scan) -> Iterator[Finding]:
+    """``numTraining`` is nnU-Net's count of the cases: another number there hints at lost files."""
+    stated = description.info.get("numTraining") if description else None
+    if isinstance(stated, int) and found.train and stated != len(found.train):
+        path = root / "dataset.json"
+        sentence = (
+            f'{path}: "numTraining" is {stated}, but imagesTr holds {len(found.train)} cases; '
+            "look for what is missing, or correct the number."
+        )
+        yield Finding("warning", "case_number", str(path), sentence)
 
 
 def _case_findings(

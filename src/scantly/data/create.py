@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import glob
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,10 +15,10 @@ import numpy as np
 
 from scantly import imaging
 from scantly.data.dataset import Dataset
-from scantly.data.matching import find_files, group_channels, is_label_name, match_labels, name_files, visible_files
-from scantly.errors import DatasetError
-from scantly.files import write_json
-from scantly.imaging.dicom import Series, find_cases, is_dicom
+from scantly.data.gather import Gathered, common_ending, gather
+from scantly.errors import DatasetError, ImageError, ScantlyError, together
+from scantly.files import digest, holding, write_json
+from scantly.imaging.dicom import Series
 from scantly.imaging.volumes import Source
 
 __all__ = ["init"]
@@ -25,6 +26,7 @@ __all__ = ["init"]
 log = logging.getLogger("scantly")
 
 _MOST_VALUES = 256
+_LONGEST_NAME = 255  # bytes, on all usual file systems
 
 
 def init(
@@ -34,6 +36,7 @@ def init(
     *,
     link: bool = True,
     progress: Callable[[int, int, str], None] | None = None,
+    left_out: dict[str, ScantlyError] | None = None,
 ) -> Dataset:
     """Make a dataset folder from bare folders of scans and labels.
 
@@ -60,40 +63,100 @@ def init(
         link: Make symbolic links to the files; otherwise copies.
         progress: Called with the number of steps done, of all (one for every label read and every DICOM series
             converted), and the name of the next case.
+        left_out: Gets the reason of every case that cannot be taken: a label or a DICOM series that cannot be read,
+            several series of one patient, a name too long. The dataset is made of the others. None: such a case
+            is an error, and nothing is made.
 
     Returns:
         The dataset.
 
     Raises:
-        DatasetError: if the folder holds something, nothing is found, or names or values do not fit.
-        ImageError: if a label or a DICOM series cannot be read.
+        DatasetError: if the folder holds something, nothing is found, names or values do not fit, or a file is of a
+            type that is not read.
+        ImageError: if a label or a DICOM series cannot be read, and ``left_out`` is None; with several, a line each.
+        RunError: if another process is making the same folder.
     """
     root = Path(dataset_root)
-    if root.exists() and (not root.is_dir() or any(root.iterdir())):
-        raise DatasetError(f"{root} exists already and is not empty; give a new folder.")
-    cases, annotations = _gather(Path(images), None if labels is None else Path(labels))
-    ending = _common_ending(cases)
-    channels = _count_channels(cases)
-    series = {name: paths[0] for name, paths in cases.items() if isinstance(paths[0], Series)}
-    steps = _Steps(progress, len(annotations) + len(series))
-    values = _label_values(annotations, steps)
-    try:
-        root.parent.mkdir(parents=True, exist_ok=True)
-        # built beside its place and moved there whole: a killed init leaves no half dataset
-        with tempfile.TemporaryDirectory(prefix=".scantly-init-", dir=root.parent) as work:
-            folder = Path(work) / "dataset"
-            _place_scans(folder / "imagesTr", cases, ending, link, steps)
-            _place_labels(folder / "labelsTr", annotations, values, series=series, ending=ending, link=link)
-            write_json(folder / "dataset.json", _description(root, len(cases), channels, values, ending))
-            if root.exists():
-                root.rmdir()
-            folder.rename(root)
-    except OSError as error:
-        reason = error.strerror or error
-        raise DatasetError(f"{root} cannot be made ({reason}); free space or choose another place.") from error
-    if series:
-        log.info("%d DICOM series were converted to NIfTI in %s.", len(series), root / "imagesTr")
+    # locks and unfinished folders lie beside the place, which must stay empty; names of any length and letters
+    mark = f".scantly-init-{digest(root.resolve().name)}"
+    beside = root.resolve().parent
+    with holding(beside / f"{mark}.lock", f"another process is making {root}; wait for it or choose another folder."):
+        for killed in beside.glob(f"{mark}-*"):
+            shutil.rmtree(killed)
+        if root.exists() and (not root.is_dir() or any(root.iterdir())):
+            raise DatasetError(f"{root} exists already and is not empty; give a new folder.")
+        found = gather(Path(images), None if labels is None else Path(labels))
+        everything = len(found.scans) + len(found.left_out)
+        try:
+            # built beside its place and moved there whole: a killed init leaves no half dataset
+            with tempfile.TemporaryDirectory(prefix=f"{mark}-", dir=beside) as work:
+                folder = Path(work) / "dataset"
+                _build(folder, root, found, link=link, strict=left_out is None, progress=progress)
+                if found.left_out and (left_out is None or not found.scans):
+                    raise _refusal(found.left_out, everything)
+                if root.exists():
+                    root.rmdir()
+                folder.rename(root)
+        except OSError as error:
+            reason = error.strerror or error
+            raise DatasetError(f"{root} cannot be made ({reason}); free space or choose another place.") from error
+    if left_out is not None:
+        left_out.update(sorted(found.left_out.items()))
+    converted = sum(isinstance(paths[0], Series) for paths in found.scans.values())
+    if converted:
+        log.info("%d DICOM series were converted to NIfTI in %s.", converted, root / "imagesTr")
     return Dataset.open(root)
+
+
+def _refusal(left_out: Mapping[str, ScantlyError], everything: int) -> ScantlyError:
+    return together(dict(sorted(left_out.items())), f"{len(left_out)} of {everything} cases cannot be taken")
+
+
+def _build(
+    folder: Path,
+    root: Path,
+    found: Gathered,
+    *,
+    link: bool,
+    strict: bool,
+    progress: Callable[[int, int, str], None] | None,
+) -> None:
+    """Write the dataset of ``root`` to ``folder``; cases that cannot be taken leave ``found``.
+
+    With ``strict`` nothing is converted if there is such a case already.
+    """
+    ending = common_ending(found.scans.values())
+    _leave_out_long_names(found, ending)
+    series = sum(isinstance(paths[0], Series) for paths in found.scans.values())
+    steps = _Steps(progress, len(found.labels) + series)
+    values = _label_values(found, steps)
+    if not found.scans or (strict and found.left_out):
+        return
+    channels = _count_channels(found.scans.values())
+    _tell_renumbering(values)
+    for part in ("imagesTr", "labelsTr"):
+        (folder / part).mkdir(parents=True)
+    for name in list(found.scans):
+        try:
+            _place_case(folder, name, found, ending=ending, values=values, link=link, steps=steps)
+        except (ImageError, DatasetError) as error:
+            found.leave_out(name, error)
+            for placed in folder.glob(f"imagesTr/{glob.escape(name)}_[0-9][0-9][0-9][0-9]{ending}"):
+                placed.unlink()
+    steps.end()
+    write_json(folder / "dataset.json", _description(root, len(found.scans), channels, values, ending))
+
+
+def _leave_out_long_names(found: Gathered, ending: str) -> None:
+    for name in list(found.scans):
+        target = f"{name}_0000{ending}"
+        size = len(os.fsencode(target))
+        if size > _LONGEST_NAME:
+            source = found.scans[name][0]
+            sentence = (
+                f"{source}: its name in the dataset would be {target}, which has {size} bytes; shorten it to 255."
+            )
+            found.leave_out(name, DatasetError(sentence))
 
 
 class _Steps:
@@ -114,144 +177,90 @@ class _Steps:
             self._report(self._total, self._total, "")
 
 
-def _gather(images: Path, labels: Path | None) -> tuple[dict[str, list[Source]], dict[str, Path]]:
-    """Files, or DICOM series, of each case, and the label of each labeled case."""
-    if any(is_dicom(path) for path in visible_files(images)):
-        return _gather_dicom(images, labels)
-    cases, annotations = _gather_files(images, labels)
-    return {name: list(paths) for name, paths in cases.items()}, annotations
+def _count_channels(scans: Iterable[list[Source]]) -> int:
+    """Channels of the first case that can be read; ``scantly check`` compares the others."""
+    faults: list[ScantlyError] = []
+    for paths in scans:
+        try:
+            return len(imaging.read_image(paths, finite=False).array)
+        except ImageError as error:
+            faults.append(error)
+    raise together(faults, "no scan can be read")
 
 
-def _gather_dicom(images: Path, labels: Path | None) -> tuple[dict[str, list[Source]], dict[str, Path]]:
-    """DICOM series by case; the other files among them are labels or refused."""
-    inside = None if labels is None else labels.resolve()
-    others = [path for path in visible_files(images) if imaging.file_ending(path)]
-    foreign = [path for path in others if inside is None or inside not in path.resolve().parents]
-    if foreign:
-        raise DatasetError(
-            f"{images} holds DICOM and other files ({foreign[0].relative_to(images)}); move these away, or, if they "
-            "are the labels, give their folder with --labels (the same folder, if they lie among the DICOM files)."
-        )
-    series = find_cases(images, collection=True)
-    if not series:
-        raise DatasetError(f"{images} holds DICOM files but no scan; give the folder of the scans.")
-    annotations = {} if labels is None else match_labels(series, name_files(find_files(labels)))
-    return {name: [one] for name, one in series.items()}, dict(sorted(annotations.items()))
-
-
-def _gather_files(images: Path, labels: Path | None) -> tuple[dict[str, list[Path]], dict[str, Path]]:
-    """Files of each case, and the label of each labeled case."""
-    files = find_files(images)
-    if labels is None or labels.resolve() == images.resolve():
-        marked = [path for path in files if is_label_name(path)]
-        scans = [path for path in files if path not in set(marked)]
-        if labels is None and marked and scans:
-            raise DatasetError(
-                f"{images} holds files that are called like labels ({marked[0].name}) among the scans; "
-                "give it as folder of the labels too, or move them away."
-            )
-        if not scans:
-            marked, scans = [], files
-    else:
-        inside = labels.resolve()
-        scans = [path for path in files if inside not in path.resolve().parents]
-        marked = find_files(labels)
-    if not scans:
-        raise DatasetError(f"{images} holds nothing but the labels; give the folder of the scans.")
-    named = name_files(marked)
-    cases = group_channels(name_files(scans), named)
-    annotations = match_labels(cases, named)
-    if not marked:
-        annotations = {name: paths[0] for name, paths in cases.items() if imaging.has_label(paths[0])}
-        if labels is not None and not annotations:
-            raise DatasetError(
-                f"{labels} has no file that is called like a label (such as case_gt or case_mask); "
-                "put the labels into a folder of their own."
-            )
-    return dict(sorted(cases.items())), dict(sorted(annotations.items()))
-
-
-def _common_ending(cases: Mapping[str, list[Source]]) -> str:
-    by_ending: dict[str, Path] = {}
-    for path in (path for paths in cases.values() for path in paths):
-        if isinstance(path, Path):
-            by_ending.setdefault(str(imaging.file_ending(path)), path)
-    if len(by_ending) > 1:
-        listed = ", ".join(f"{path.name} ({ending})" for ending, path in sorted(by_ending.items()))
-        raise DatasetError(f"the scans are of several file types: {listed}; convert them to one, or make two datasets.")
-    return next(iter(by_ending), ".nii.gz")  # DICOM series are converted to it
-
-
-def _count_channels(cases: Mapping[str, list[Source]]) -> int:
-    """Channels of the first case; ``scantly check`` compares the others."""
-    return len(imaging.read_image(next(iter(cases.values())), finite=False).array)
-
-
-def _label_values(annotations: Mapping[str, Path], steps: _Steps) -> dict[int, int]:
-    """Original value -> class index, background 0 first; empty without labels."""
-    found: set[int] = set()
-    for name, path in annotations.items():
+def _label_values(found: Gathered, steps: _Steps) -> dict[int, int]:
+    """Original value -> class index, background 0 first; empty without labels. Bad labels leave their case out."""
+    values: set[int] = set()
+    readable = 0
+    for name, path in list(found.labels.items()):
         steps.begin(name)
-        found.update(map(int, np.unique(imaging.read_label(path).array)))
-        if len(found) > _MOST_VALUES:
+        try:
+            values.update(map(int, np.unique(imaging.read_label(path).array)))
+        except ImageError as error:
+            found.leave_out(name, error)
+            continue
+        readable += 1
+        if len(values) > _MOST_VALUES:
             raise DatasetError(
-                f"{path} brings the number of label values to {len(found)}: it seems to be a scan, or to "
+                f"{path} brings the number of label values to {len(values)}: it seems to be a scan, or to "
                 "number objects one by one; give labels that number the classes."
             )
-    foreground = sorted(found - {0})
-    if annotations and not foreground:
-        raise DatasetError(
-            f"the {len(annotations)} labels hold nothing but 0; give labels in which something is marked."
-        )
+    foreground = sorted(values - {0})
+    if readable and not foreground:
+        raise DatasetError(f"the {readable} labels hold nothing but 0; give labels in which something is marked.")
     return {0: 0} | {value: index for index, value in enumerate(foreground, start=1)}
 
 
-def _place_scans(folder: Path, cases: Mapping[str, list[Source]], ending: str, link: bool, steps: _Steps) -> None:
-    folder.mkdir(parents=True)
-    for name, paths in cases.items():
-        for channel, path in enumerate(paths):
-            target = folder / f"{name}_{channel:04d}{ending}"
-            if isinstance(path, Series):
-                steps.begin(name)
-                image = imaging.read_image([path])
-                imaging.write_scalar(target, image.array[0], image.geometry)
-            else:
-                _place(path, target, link)
-    steps.end()
-
-
-def _place_labels(
-    folder: Path,
-    annotations: Mapping[str, Path],
-    values: Mapping[int, int],
-    *,
-    series: Mapping[str, Series],
-    ending: str,
-    link: bool,
-) -> None:
-    folder.mkdir(parents=True)
-    renumbered = any(value != index for value, index in values.items())
-    if renumbered:
-        listed = ", ".join(f"{value} to {index}" for value, index in values.items() if value != index)
+def _tell_renumbering(values: Mapping[int, int]) -> None:
+    listed = ", ".join(f"{value} to {index}" for value, index in values.items() if value != index)
+    if listed:
         log.warning(
             "The label values are not 0, 1, 2, ...: copies of the labels with values changed from %s were "
             'written; "label_values" in dataset.json records it.',
             listed,
         )
+
+
+def _place_case(
+    folder: Path,
+    name: str,
+    found: Gathered,
+    *,
+    ending: str,
+    values: Mapping[int, int],
+    link: bool,
+    steps: _Steps,
+) -> None:
+    """Put one case's scan and label into the dataset folder."""
+    grid: imaging.Geometry | None = None
+    for channel, path in enumerate(found.scans[name]):
+        target = folder / "imagesTr" / f"{name}_{channel:04d}{ending}"
+        if isinstance(path, Series):
+            steps.begin(name)
+            image = imaging.read_image([path])
+            imaging.write_scalar(target, image.array[0], image.geometry)
+            grid = path.geometry
+        else:
+            _place(path, target, link)
+    if name in found.labels:
+        _place_label(folder / "labelsTr" / f"{name}{ending}", found.labels[name], values, grid=grid, link=link)
+
+
+def _place_label(
+    target: Path, path: Path, values: Mapping[int, int], *, grid: imaging.Geometry | None, link: bool
+) -> None:
+    """A label as it is, or anew where values, file type or, for a DICOM series, the order of axes is another."""
+    renumbered = any(value != index for value, index in values.items())
+    turned = grid is not None and imaging.geometry_difference(imaging.read_geometry(path), grid) is not None
+    if not (renumbered or turned) and target.name.endswith(str(imaging.file_ending(path))):
+        _place(path, target, link)
+        return
+    label = imaging.read_label(path)
+    if grid is not None:
+        label = _turned(label, grid)
     originals = np.array(sorted(values))
     indices = np.array([values[int(value)] for value in originals])
-    for name, path in annotations.items():
-        target = folder / f"{name}{ending}"
-        grid = series[name].geometry if name in series else None
-        turned = grid is not None and imaging.geometry_difference(imaging.read_geometry(path), grid) is not None
-        if not (renumbered or turned) and imaging.file_ending(path) == ending:
-            _place(path, target, link)
-            continue
-        label = imaging.read_label(path)
-        if grid is not None:
-            label = _turned(label, grid)
-        array = indices[np.searchsorted(originals, label.array)]
-        imaging.write_label(target, array, label.geometry)
+    imaging.write_label(target, indices[np.searchsorted(originals, label.array)], label.geometry)
 
 
 def _turned(label: imaging.Label, grid: imaging.Geometry) -> imaging.Label:

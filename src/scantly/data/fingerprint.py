@@ -6,9 +6,10 @@ foreground (CT), in several processes. Memory does not grow with the cohort.
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -18,11 +19,14 @@ from numpy.typing import NDArray
 
 from scantly import imaging
 from scantly.data.dataset import Dataset
+from scantly.data.faults import as_one, faults_of_cases
 from scantly.data.parallel import in_order, worker_count
 from scantly.data.splits import Split
-from scantly.errors import DatasetError
+from scantly.errors import DatasetError, ImageError
 
 __all__ = ["Fingerprint", "Intensity", "collect"]
+
+log = logging.getLogger("scantly")
 
 #: Foreground voxels kept for the percentiles, all cases together (4 MB per channel).
 _SAMPLES = 1_000_000
@@ -109,12 +113,14 @@ def collect(dataset: Dataset, split: Split, *, foreground_channels: Collection[i
     Raises:
         DatasetError: if the split has no training case, no labeled voxel where intensities are wanted, or a
             label that does not fit its image.
-        ImageError: if a file cannot be read.
+        ImageError: if a file cannot be read. Then all cases of the split but the test cases are read whole, with
+            the labels that a training uses, and every fault is told, a line each.
     """
     names = [*split.labeled, *split.unlabeled]
     if not names:
         raise DatasetError(f"{dataset.root} has no training case in this split; a plan needs at least one.")
-    geometries = [imaging.read_geometry(dataset.case(name).images[0]) for name in names]
+    with _all_faults(dataset, split):
+        geometries = [imaging.read_geometry(dataset.case(name).images[0]) for name in names]
     flat = all(geometry.spatial_dims == 2 for geometry in geometries)
     orientation = _orientation(geometries)
     axes = [(0, 1, 2) if orientation == "stored" else _canonical_axes(g) for g in geometries]
@@ -136,8 +142,20 @@ def collect(dataset: Dataset, split: Split, *, foreground_channels: Collection[i
         median_shape=_triple(np.median(shapes, axis=0).round(), int),
         max_shape=_triple(shapes.max(axis=0), int),
         median_size=_triple(np.median(resampled, axis=0).round(), int),
-        intensities={c: _foreground(dataset, split.labeled, c) for c in sorted(foreground_channels)},
+        intensities={c: _foreground(dataset, split, c) for c in sorted(foreground_channels)},
     )
+
+
+@contextmanager
+def _all_faults(dataset: Dataset, split: Split) -> Iterator[None]:
+    """Turn the first fault of a case into all that a training would meet, one after the other."""
+    try:
+        yield
+    except (DatasetError, ImageError) as error:
+        names = [*split.labeled, *split.unlabeled, *split.val]
+        log.info("A case cannot be used; reading all %d cases to tell everything that is wrong.", len(names))
+        faults = faults_of_cases(dataset, names, with_labels={*split.labeled, *split.val})
+        raise (as_one(faults, len(names)) if faults else error) from error
 
 
 def _triple(values: NDArray[Any], kind: type) -> tuple[Any, Any, Any]:
@@ -170,12 +188,12 @@ def _orientation(geometries: Sequence[imaging.Geometry]) -> Literal["LPS", "stor
     return "stored" if stored_better > len(geometries) / 2 else "LPS"
 
 
-def _foreground(dataset: Dataset, names: Sequence[str], channel: int) -> Intensity:
+def _foreground(dataset: Dataset, split: Split, channel: int) -> Intensity:
     """Percentiles, mean and deviation over a bounded, evenly spread sample of foreground voxels."""
-    quota = max(1, _SAMPLES // max(1, len(names)))
-    jobs = [_Sample(dataset, name, channel, number, quota) for number, name in enumerate(names)]
+    quota = max(1, _SAMPLES // max(1, len(split.labeled)))
+    jobs = [_Sample(dataset, name, channel, number, quota) for number, name in enumerate(split.labeled)]
     workers = worker_count(None, len(jobs), max((job.memory() for job in jobs), default=0))
-    with closing(in_order(_Sample.draw, jobs, workers)) as drawn:
+    with _all_faults(dataset, split), closing(in_order(_Sample.draw, jobs, workers)) as drawn:
         samples = list(drawn)
     pooled = np.concatenate(samples).astype(np.float64) if samples else np.zeros(0)
     if pooled.size == 0:

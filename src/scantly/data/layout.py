@@ -8,8 +8,10 @@
     imagesTs/, labelsTs/               test cases, optional
     splits.json                        optional, see scantly.data.splits
 
-Color PNG and TIFF files may hold three channels in one file. Hidden files are passed over. Here the folder is
-read as far as it goes, with every fault found; :class:`scantly.data.dataset.Dataset` is the sound folder.
+Color PNG and TIFF files may hold three channels in one file. Endings may be in capital letters. Hidden files are
+passed over; every other file is a case's, or a fault says that it is not used: an error, unless it is a plain
+companion (:mod:`scantly.data.unread`). Here the folder is read as far as it goes, with every fault found;
+:class:`scantly.data.dataset.Dataset` is the sound folder.
 """
 
 from __future__ import annotations
@@ -22,12 +24,15 @@ from pathlib import Path
 from typing import Any
 
 from scantly import imaging
+from scantly.data.unread import is_companion, several
 from scantly.errors import ConfigError
 from scantly.files import read_json
 
 __all__ = ["Case", "Description", "Fault", "Scan", "describe", "files_of", "scan", "visible"]
 
 _CHANNEL = re.compile(r"(?P<case>.+)_(?P<channel>\d{4})")
+_PARTS = (("imagesTr", "labelsTr"), ("imagesTs", "labelsTs"))
+_OWN_FILES = ("dataset.json", "splits.json")
 
 
 @dataclass(frozen=True)
@@ -199,9 +204,8 @@ def scan(root: Path, ending: str, *, channels: int | None) -> Scan:
     Returns:
         All cases that have a channel 0, and every fault.
     """
-    faults: list[Fault] = []
-    train = _scan_part(root / "imagesTr", root / "labelsTr", ending, channels, faults)
-    test = _scan_part(root / "imagesTs", root / "labelsTs", ending, channels, faults)
+    faults = list(_root_faults(root))
+    train, test = (_scan_part(root / images, root / labels, ending, channels, faults) for images, labels in _PARTS)
     if not train:
         folder = root / "imagesTr"
         faults.insert(
@@ -226,20 +230,46 @@ def visible(folder: Path) -> Iterator[Path]:
         yield from sorted(path for path in folder.iterdir() if not path.name.startswith("."))
 
 
+def _root_faults(root: Path) -> Iterator[Fault]:
+    """What lies beside or in place of the four folders."""
+    folders = list(itertools.chain.from_iterable(_PARTS))
+    for path in visible(root):
+        meant = next((name for name in folders if name.casefold() == path.name.casefold()), None)
+        if path.name == meant:
+            if not path.is_dir():
+                what = "is a link that leads nowhere" if path.is_symlink() and not path.exists() else "is not a folder"
+                yield Fault("no_folder", str(path), f"{path} {what}; put the folder in its place or remove it.")
+        elif meant is not None:
+            if (root / meant).exists() and path.samefile(root / meant):  # file systems that know no capital letters
+                continue
+            yield Fault("misspelt_folder", str(path), f"{path} is not used; rename it to {meant}, or move it away.")
+        elif path.name not in _OWN_FILES and not is_companion(path):
+            message = (
+                f"{path} is none of {', '.join((*_OWN_FILES, *folders))}, so it is not used; move it if it matters."
+            )
+            yield Fault("stray_file", str(path), message, fatal=False)
+
+
 def _scan_part(images: Path, labels: Path, ending: str, channels: int | None, faults: list[Fault]) -> dict[str, Case]:
     files: dict[str, dict[int, Path]] = {}
     for path in visible(images):
-        match = _CHANNEL.fullmatch(path.name.removesuffix(ending)) if path.name.endswith(ending) else None
-        if match is None or path.is_dir():
-            faults.append(_stray(path, f"<case>_0000{ending}"))
+        match = _CHANNEL.fullmatch(_stem(path, ending) or "")
+        if match is None:
+            faults.append(_stray(path, f"<case>_0000{ending}", "scan", _numbered(path, ending)))
             continue
-        files.setdefault(match["case"], {})[int(match["channel"])] = path
+        by_channel, channel = files.setdefault(match["case"], {}), int(match["channel"])
+        if channel in by_channel:
+            faults.append(_twice(path, by_channel[channel]))
+        by_channel[channel] = path
     found: dict[str, Path] = {}
     for path in visible(labels):
-        if path.name.endswith(ending) and path.name != ending and not path.is_dir():
-            found[path.name.removesuffix(ending)] = path
-        else:
-            faults.append(_stray(path, f"<case>{ending}"))
+        name = _stem(path, ending)
+        if name is None:
+            faults.append(_stray(path, f"<case>{ending}", "label", ""))
+            continue
+        if name in found:
+            faults.append(_twice(path, found[name]))
+        found[name] = path
     for name in sorted(found.keys() - files.keys()):
         message = (
             f"{found[name]} has no scan {name}_0000{ending} in {images.name}; rename it to its scan or move it away."
@@ -253,14 +283,52 @@ def _scan_part(images: Path, labels: Path, ending: str, channels: int | None, fa
     return cases
 
 
+def _stem(path: Path, ending: str) -> str | None:
+    """The file's name without its ending, in whatever letters; None for a folder or another ending."""
+    name = path.name[: -len(ending)]
+    return name if name and path.name.lower().endswith(ending) and not path.is_dir() else None
+
+
+def _numbered(path: Path, ending: str) -> str:
+    """What a scan without the number of its channel is to be called; empty for other files."""
+    name = _stem(path, ending)
+    return f"{name}_0000{ending}" if name else ""
+
+
 def files_of(channels: int, path: Path) -> int:
     """Fewest files that a case of so many channels may have: color pictures hold three in one."""
     return 1 if channels == 3 and path.suffix.lower() in (".png", ".tif", ".tiff") else channels
 
 
-def _stray(path: Path, pattern: str) -> Fault:
-    message = f"{path} is not named {pattern}, so it is not used; rename it or move it away."
-    return Fault("stray_file", str(path), message, fatal=False)
+def _stray(path: Path, pattern: str, kind: str, better: str) -> Fault:
+    """A file or folder that is no case's: an error, unless it cannot be a scan or label."""
+    inside = [file for file in _below(path) if not is_companion(file)] if path.is_dir() else []
+    if (path.is_dir() and not inside) or (not path.is_dir() and is_companion(path)):
+        message = f"{path} is not named {pattern}, so it is not used; rename it or move it away."
+        return Fault("stray_file", str(path), message, fatal=False)
+    loss = "its case would count as unlabeled" if kind == "label" else "its case would be lost"
+    if path.is_dir():
+        message = (
+            f"{path} is a folder, whose {len(inside)} file{'' if len(inside) == 1 else 's'} ({several(inside, path)}) "
+            f"would not be used; move them up, named {pattern}, or away."
+        )
+    elif better:
+        message = f"{path} is not named {pattern} and would not be used; rename it to {better}, or move it away."
+    else:
+        message = f"{path} is not named {pattern}, and {loss}; convert it to that, or move it away."
+    if kind == "label":
+        return Fault("label_not_read", str(path), message)
+    return Fault("scan_not_read", str(path), message)
+
+
+def _below(folder: Path) -> list[Path]:
+    """Files in a folder and its subfolders, without hidden ones."""
+    found = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    return [path for path in found if not any(part.startswith(".") for part in path.relative_to(folder).parts)]
+
+
+def _twice(path: Path, earlier: Path) -> Fault:
+    return Fault("file_twice", str(path), f"{path} and {earlier.name} are one file of one case; keep one of them.")
 
 
 def _channel_faults(

@@ -26,6 +26,7 @@ from scantly.settings import Settings, parse
 __all__ = [
     "Parts",
     "SplitFile",
+    "left_out",
     "listed",
     "on_both_sides",
     "read_split_file",
@@ -120,6 +121,15 @@ def split_faults(file: SplitFile, path: Path, train: Mapping[str, Case], test: M
                 f'{path}: "{one}" and "{other}" share the {file.unit} {shared}; '
                 f"keep all cases of a {file.unit} on one side, or results mean nothing.",
             )
+
+
+def left_out(file: SplitFile, train: Iterable[str]) -> list[str]:
+    """Cases of ``imagesTr`` that no list names, where there is a list of training cases: no run uses them."""
+    if file.train is None:
+        return []
+    parts = file.dev_split or Parts()
+    named = {*file.train, *(file.val or ()), *(file.test or ()), *parts.train, *parts.val}
+    return [name for name in train if name not in named]
 
 
 def _list_faults(

@@ -16,7 +16,7 @@ from typing import Any, Literal
 import numpy as np
 
 from scantly.data.dataset import Dataset
-from scantly.data.splitfile import SplitFile, listed, read_split_file, shared_subjects, split_faults
+from scantly.data.splitfile import SplitFile, left_out, listed, read_split_file, shared_subjects, split_faults
 from scantly.errors import ConfigError, DatasetError
 
 __all__ = ["Split", "resolve_split"]
@@ -139,7 +139,9 @@ def _sides(
     held = {file.subject(name) for name in (*(file.val or ()), *test)}
     rest = tuple(name for name in dataset.train if file.subject(name) not in held)
     if file.train is not None or file.val is not None:
-        origin = "train and val of splits.json"
+        unused = left_out(file, dataset.train)
+        also = f" ({len(unused)} cases of imagesTr are in no list and not used)" if unused else ""
+        origin = f"train and val of splits.json{also}"
         return rest if file.train is None else file.train, file.val or (), test, origin
     val = _draw_validation(dataset, file, rest, seed)
     sides = {file.subject(name) for name in val}

@@ -7,6 +7,7 @@ JPEG-LS, JPEG 2000: by SimpleITK's GDCM); loss, color and everything that is not
 
 from __future__ import annotations
 
+import logging
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,11 +20,13 @@ from numpy.typing import NDArray
 
 from scantly.errors import ImageError
 from scantly.imaging.decoding import decoding
-from scantly.imaging.dicom_files import Slice, is_dicom, lossy, read_headers, read_slices, reader_of
+from scantly.imaging.dicom_files import Slice, files_below, is_dicom, lossy, read_headers, read_slices, reader_of
 from scantly.imaging.dicom_geometry import arrange
 from scantly.imaging.geometry import Geometry
 
 __all__ = ["Series", "choose_series", "find_cases", "find_series", "is_dicom", "read_series", "series_of_file"]
+
+log = logging.getLogger("scantly")
 
 _GRAY = ("MONOCHROME1", "MONOCHROME2")
 _RADIOGRAPHS = ("CR", "DX", "MG", "IO", "RF", "XA")
@@ -144,7 +147,11 @@ def choose_series(folder: Path, found: Sequence[Series], uid: str | None, *, opt
 
 
 def find_cases(
-    folder: Path, *, series: str | None = None, collection: bool = False, broken: list[ImageError] | None = None
+    folder: Path,
+    *,
+    series: str | None = None,
+    collection: bool = False,
+    broken: list[tuple[str, ImageError]] | None = None,
 ) -> dict[str, Series]:
     """Cases of a folder of DICOM files.
 
@@ -157,8 +164,7 @@ def find_cases(
         folder: Searched with its subfolders.
         series: UID of the series to take.
         collection: The subfolders are the cases even if there is only one.
-        broken: Gets one error for every case of several that cannot be used; None to raise the first. Which
-            series of a case is meant is never passed over so: that is raised.
+        broken: Gets the name and the error of every case that cannot be used; None to raise the first.
 
     Returns:
         Case name -> series, in order of name; empty if the folder holds no DICOM scan.
@@ -171,18 +177,19 @@ def find_cases(
     if not slices and not faults and series is None:
         return {}
     places, faulty = _places(folder, slices, faults, together=series is not None, collection=collection)
-    failed = list(faulty.values())
+    _tell_left_out(folder, places, faulty)
+    failed = list(faulty.items())
     cases: dict[str, Series] = {}
     for name, (place, images) in places.items():
         if name in faulty:
             continue
-        case = choose_series(place, _group(place, images), series, option=not collection)
         try:
+            case = choose_series(place, _group(place, images), series, option=not collection)
             _ = case.geometry  # refused now, not after hours of other cases
         except ImageError as error:
             if broken is None:
                 raise
-            failed.append(error)
+            failed.append((name, error))
         else:
             cases[name] = case
     if broken is not None:
@@ -262,6 +269,18 @@ def _places(
         first = next(iter(faults.values()), None)
         return {name: (folder, slices)}, {} if first is None else {name: first}
     return {name: (folder / name, images) for name, images in sorted(parts.items())}, faulty
+
+
+def _tell_left_out(folder: Path, places: Mapping[str, tuple[Path, list[Slice]]], faulty: Mapping[str, object]) -> None:
+    """Name the subfolders that would have been cases, but hold DICOM objects of which none is a scan."""
+    if any(place == folder for place, _ in places.values()):
+        return
+    for path in sorted(folder.iterdir()):
+        if not path.is_dir() or path.name.startswith(".") or path.name in places or path.name in faulty:
+            continue
+        files = [file for file in files_below(path) if is_dicom(file)]
+        if files:
+            log.warning("%s holds no DICOM scan and is left out.", path)
 
 
 def _group(folder: Path, slices: Iterable[Slice]) -> list[Series]:

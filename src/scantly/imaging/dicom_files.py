@@ -12,7 +12,7 @@ import hashlib
 import logging
 import math
 import struct
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from typing import Any
 from scantly.errors import ImageError
 from scantly.imaging.decoding import decoding, guard_size
 
-__all__ = ["Slice", "files_below", "is_dicom", "lossy", "read_headers", "read_slices", "reader_of"]
+__all__ = ["Slice", "files_below", "is_annotation", "is_dicom", "lossy", "read_headers", "read_slices", "reader_of"]
 
 log = logging.getLogger("scantly")
 
@@ -41,6 +41,10 @@ _NO_SCAN = {
     _STORAGE + "481.5": "RT plan",
 }
 """SOP classes, or the roots of several, that hold no scan; in words."""
+
+_SECONDARY_CAPTURE = _STORAGE + "7"
+_ANNOTATIONS = (_STORAGE + "66.4", _STORAGE + "481.3")  # segmentation, RT structure set
+_NAMED = 3  # files of a kind that are named in the log
 
 _LOSSY_SYNTAXES = (
     "1.2.840.10008.1.2.4.50",  # JPEG baseline
@@ -135,6 +139,16 @@ def _walk(folder: Path, above: tuple[Path, ...]) -> Iterator[Path]:
             yield item
 
 
+def is_annotation(path: Path) -> bool:
+    """Whether a DICOM file is a segmentation or a structure set, which may be meant as a label.
+
+    Raises:
+        ImageError: if the file may not be read.
+    """
+    with decoding(path, "DICOM file"):
+        return is_dicom(path) and _meta(path)[0] in _ANNOTATIONS
+
+
 def lossy(image: Slice) -> str | None:
     """Why an image counts as compressed with loss, in words; None if it does not."""
     if image.lossy_flag:
@@ -145,10 +159,10 @@ def lossy(image: Slice) -> str | None:
 
 
 def read_headers(folder: Path, *, broken: dict[Path, ImageError] | None = None) -> list[Slice]:
-    """Headers of all scans below a folder; what else lies there is passed over and counted in the log.
+    """Headers of all scans below a folder; what else lies there is passed over and named in the log.
 
-    Hidden files, DICOMDIR, files that are not DICOM, localizers, and objects that hold no scan (segmentations,
-    structure sets, reports, ...) are passed over.
+    Hidden files, DICOMDIR, files that are not DICOM, localizers, color secondary captures, and objects that hold no
+    scan (segmentations, structure sets, reports, ...) are passed over.
 
     Args:
         folder: Searched with its subfolders.
@@ -159,7 +173,7 @@ def read_headers(folder: Path, *, broken: dict[Path, ImageError] | None = None) 
             coding: passing it over could hide a missing slice.
     """
     slices: list[Slice] = []
-    ignored: Counter[str] = Counter()
+    ignored: dict[str, list[str]] = defaultdict(list)
     for path in files_below(folder):
         if path.name.upper() == "DICOMDIR":
             continue
@@ -173,9 +187,12 @@ def read_headers(folder: Path, *, broken: dict[Path, ImageError] | None = None) 
         if found:
             slices += found
         else:
-            ignored[kind] += 1
+            ignored[kind].append(str(path.relative_to(folder)))
     if ignored:
-        listed = ", ".join(f"{count} {kind}" for kind, count in sorted(ignored.items()))
+        listed = ", ".join(
+            f"{len(names)} {kind} ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
+            for kind, names in sorted(ignored.items())
+        )
         log.info("%s: passed over what is no DICOM scan: %s.", folder, listed)
     return slices
 
@@ -220,6 +237,8 @@ def _classify(path: Path) -> tuple[str, list[Slice]]:
     image = _slice(path, tags, syntax)
     if "LOCALIZER" in image.image_type:
         return "localizer", []
+    if image.samples != 1 and f"{sop_class}.".startswith(f"{_SECONDARY_CAPTURE}."):
+        return "color secondary capture", []
     frames = int(_number(tags.get("0028|0008")) or 1)
     guard_size(path, math.prod(image.shape) * frames * 2)
     return "", [image] if frames == 1 else _frames(image, frames)

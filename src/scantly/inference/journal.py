@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypedDict, TypeGuard
 
@@ -79,6 +80,14 @@ class Journal:
         if self._done:
             write_json(self._path, {"key": self._key, "done": self._done})
             self._written_at = time.monotonic()
+
+    @contextmanager
+    def kept(self) -> Iterator[Journal]:
+        """Write the journal when the block ends, however it ends."""
+        try:
+            yield self
+        finally:
+            self.save()
 
     def finish(self) -> None:
         """All scans are done."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
+import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,13 +16,13 @@ import torch
 
 from scantly._version import __version__
 from scantly.data.prepare import prepare, restore
-from scantly.errors import ConfigError, DeviceError, ImageError, unknown_name
-from scantly.files import digest
+from scantly.errors import ConfigError, DeviceError, ImageError, ScantlyError, listing, unknown_name
+from scantly.files import digest, sole_writer
 from scantly.imaging import Geometry, read_image
 from scantly.imaging.dicom import Series
 from scantly.imaging.dicom_seg import require_highdicom
 from scantly.imaging.volumes import Source
-from scantly.inference.inputs import find_inputs
+from scantly.inference.inputs import Broken, find_inputs
 from scantly.inference.journal import Journal, state_of
 from scantly.inference.memory import available_bytes, megabytes
 from scantly.inference.model import Model, load_model, model_file
@@ -35,6 +36,7 @@ __all__ = ["Outcome", "Predictor", "predict", "predict_folder", "select_device"]
 
 _LOGGER = logging.getLogger("scantly")
 _PRECISIONS = ("32", "bf16")
+_LONGEST_NAME = 255  # bytes, on all usual file systems
 
 
 def select_device(name: str) -> torch.device:
@@ -177,12 +179,29 @@ class Outcome:
     """What a prediction of several scans left.
 
     Attributes:
-        files: The label file of every scan.
+        folder: Where the predictions are.
+        files: The label file of every scan that could be predicted.
         present: How many of them an earlier, interrupted prediction had made.
+        failed: Name of every other scan, and why it could not be predicted.
     """
 
+    folder: Path
     files: list[Path]
     present: int
+    failed: list[tuple[str, ScantlyError]]
+
+    @property
+    def error(self) -> ScantlyError | None:
+        """All failures as one error; None if there are none."""
+        if not self.failed:
+            return None
+        faults = [error for _, error in self.failed]
+        total = len(self.files) + len(faults)
+        others = f", the others are in {self.folder}" if self.files else ""
+        head = f"{len(faults)} of {total} scans cannot be predicted{others}"
+        return (
+            faults[0] if total == 1 else listing(faults, f"{head}; mend or remove them and give the same command again")
+        )
 
 
 def predict_folder(
@@ -200,44 +219,53 @@ def predict_folder(
     method: Mapping[str, Any] | None = None,
     progress: Callable[[int, int, str], None] | None = None,
 ) -> Outcome:
-    """As :func:`predict`, and say how many predictions were there already."""
+    """As :func:`predict`; scans that cannot be predicted are in the outcome instead of an error."""
     predictor = Predictor.load(model, device=device, precision=precision, inference=inference, method=method)
     folder = Path(out)
-    failed: list[ImageError] = []
-    cases = find_inputs(inputs, channels=predictor.model.task.channels, series=series, out=folder, broken=failed)
-    total = len(cases) + len(failed)
+    failed: list[tuple[str, ScantlyError]] = []
+    broken: Broken = []
+    cases = find_inputs(inputs, channels=predictor.model.task.channels, series=series, out=folder, broken=broken)
+    failed += broken
     if dicom_seg:
         _check_dicom_seg(cases)
-    refuse_overwriting(cases, folder, uncertainty=uncertainty, probabilities=probabilities, dicom_seg=dicom_seg)
-    journal = Journal(folder, _key(predictor, model_file(Path(model))))
+    asked = {"uncertainty": uncertainty, "probabilities": probabilities, "dicom_seg": dicom_seg}
+    refuse_overwriting(cases, folder, **asked)
     files: list[Path] = []
     present = 0
-    try:
-        for done, (case, sources) in enumerate(cases.items()):
-            if progress:
-                progress(done, len(cases), case)
-            state, paths = state_of(sources), outputs_of(folder, case, sources[0])
-            wanted = paths.asked(uncertainty=uncertainty, probabilities=probabilities, dicom_seg=dicom_seg)
-            if journal.holds(case, state, wanted):
-                present += 1
-            else:
-                try:
-                    prediction = predictor.predict(sources, uncertainty=uncertainty, probabilities=probabilities)
-                    by = predictor.model if dicom_seg else None
-                    write_prediction(prediction, folder, case, sources[0], dicom_seg_by=by)
-                except ImageError as error:
-                    failed.append(error)
-                    continue
-                journal.add(case, state, wanted)
-            files.append(paths.label)
-    finally:
-        journal.save()
-    if failed:
-        raise _failures(failed, total, folder)
-    journal.finish()
-    if progress:
+    with sole_writer(folder, "predicting"):
+        for leftover in folder.glob(".tmp-*"):  # of a kill
+            leftover.unlink(missing_ok=True)
+        with Journal(folder, _key(predictor, model_file(Path(model)))).kept() as journal:
+            for done, (case, sources) in enumerate(cases.items()):
+                if progress:
+                    progress(done, len(cases), case)
+                state, paths = state_of(sources), outputs_of(folder, case, sources[0])
+                wanted = paths.asked(**asked)
+                if journal.holds(case, state, wanted):
+                    present += 1
+                else:
+                    try:
+                        _refuse_long_names(wanted, sources[0])
+                        prediction = predictor.predict(sources, uncertainty=uncertainty, probabilities=probabilities)
+                        by = predictor.model if dicom_seg else None
+                        write_prediction(prediction, folder, case, sources[0], dicom_seg_by=by)
+                    except (ImageError, DeviceError) as error:  # a scan too large for the memory is its own fault too
+                        failed.append((case, error))
+                        continue
+                    journal.add(case, state, wanted)
+                files.append(paths.label)
+        if not failed:
+            journal.finish()
+    if progress and not failed:
         progress(len(cases), len(cases), "")
-    return Outcome(files, present)
+    return Outcome(folder, files, present, failed)
+
+
+def _refuse_long_names(outputs: Iterable[Path], source: Source) -> None:
+    for path in outputs:
+        size = len(os.fsencode(path.name))
+        if size > _LONGEST_NAME:
+            raise ImageError(f"{source} would give {path.name}, which has {size} bytes; shorten its name to fit 255.")
 
 
 def _check_dicom_seg(cases: Mapping[str, Sequence[Source]]) -> None:
@@ -255,17 +283,6 @@ def _key(predictor: Predictor, file: Path) -> str:
     settings = {**predictor.settings.to_dict(), "precision": predictor.precision}
     method = dict(predictor.model.changed)
     return digest({"scantly": __version__, "model": weights, "settings": settings, "method": method})
-
-
-def _failures(failed: Sequence[ImageError], total: int, folder: Path) -> ImageError:
-    if total == 1:
-        return failed[0]
-    others = f", the others are in {folder}" if len(failed) < total else ""
-    listed = "\n".join(f"  {error}" for error in failed)
-    return ImageError(
-        f"{len(failed)} of {total} scans cannot be predicted{others}; mend or remove them and give the same command "
-        f"again:\n{listed}"
-    )
 
 
 def predict(
@@ -309,13 +326,14 @@ def predict(
         The label files of all inputs.
 
     Raises:
-        RunError: if the model cannot be read.
+        RunError: if the model cannot be read, or another process is predicting into the folder.
         ImageError: if an input would be overwritten, or it is not clear what the scans are (nothing is written
             then), or one cannot be read; with several inputs it lists all that failed, after the others are written.
+        DatasetError: if a folder holds a file of a type that is not read, or two files of one scan.
         ConfigError: for settings that do not exist or do not fit the model.
-        DeviceError: if the memory does not suffice.
+        DeviceError: if the memory does not suffice for a scan.
     """
-    return predict_folder(
+    outcome = predict_folder(
         model,
         inputs,
         out,
@@ -328,4 +346,7 @@ def predict(
         inference=inference,
         method=method,
         progress=progress,
-    ).files
+    )
+    if outcome.error is not None:
+        raise outcome.error
+    return outcome.files

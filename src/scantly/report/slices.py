@@ -73,7 +73,7 @@ def examples(result: Result, split: str) -> tuple[list[Example], str]:
         split: The split evaluated.
 
     Returns:
-        The examples, and a sentence for what cannot be shown (empty if all can): the dataset or predictions
+        The examples, and a sentence for each that cannot be shown (empty if all can): the dataset or predictions
         may have been moved since.
     """
     root = str(result.run.config.get("data", {}).get("dataset", ""))
@@ -82,12 +82,13 @@ def examples(result: Result, split: str) -> tuple[list[Example], str]:
     except DatasetError as error:
         return [], f"The scans of {result.name} cannot be shown: {error}"
     shown: list[Example] = []
+    missing: list[str] = []
     for case, rank in _ranked(result).items():
         try:
             shown.append(_example(result, dataset, case, rank, split))
         except (DatasetError, ImageError) as error:
-            return shown, f"{case} of {result.name} cannot be shown: {error}"
-    return shown, ""
+            missing.append(f"{case} of {result.name} cannot be shown: {error}")
+    return shown, " ".join(missing)
 
 
 def _ranked(result: Result) -> dict[str, str]:

@@ -1,28 +1,24 @@
-"""Judge a finished run on a split, or any predictions against labels."""
+"""Judge a finished run on a split."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import numpy as np
+from typing import Any
 
 from scantly.data.dataset import Dataset
-from scantly.errors import ImageError, RunError
-from scantly.evaluation import Convention, make_table, save_table, score_case, summarize
-from scantly.files import write_json
-from scantly.imaging import file_ending, geometry_difference, read_label, stem
+from scantly.errors import DatasetError, DeviceError, ImageError, RunError, ScantlyError
+from scantly.evaluation import Convention, Row, save_table, score_case
+from scantly.files import sole_writer, write_json
 from scantly.inference.outputs import write_prediction
 from scantly.inference.predict import Predictor
 from scantly.inference.settings import setting_word
 from scantly.training.progress import ProgressLine
 from scantly.training.run import Run
+from scantly.training.scores import Scores, scores_of
 
-if TYPE_CHECKING:
-    import pandas as pd
-
-__all__ = ["evaluate_folders", "evaluate_run"]
+__all__ = ["evaluate_run", "score_run"]
 
 
 def evaluate_run(
@@ -51,7 +47,32 @@ def evaluate_run(
         for instance ``val_window-whole``: the run's result under its protocol stays what it is.
 
     Raises:
-        RunError: if the run is not finished, the split is empty, or its cases chose the checkpoint.
+        RunError: if the run is not finished, the split is empty, its cases chose the checkpoint, or another process
+            is evaluating them.
+        ScantlyError: naming all cases that cannot be scored; the others are predicted, but no result is written.
+    """
+    scores = score_run(run, split, device=device, precision=precision, inference=inference, method=method)
+    if scores.error is not None:
+        raise scores.error
+    return scores.summary
+
+
+def score_run(
+    run: Run,
+    split: str | None = None,
+    *,
+    device: str = "auto",
+    precision: str = "32",
+    inference: Mapping[str, Any] | None = None,
+    method: Mapping[str, Any] | None = None,
+) -> Scores:
+    """As :func:`evaluate_run`; cases that cannot be scored are in the result instead of an error.
+
+    A result of a part of the cases is not written: it would pass for the run's.
+
+    Raises:
+        RunError: as there.
+        ScantlyError: if no case can be scored.
     """
     config = run.settings
     cases = run.split
@@ -69,40 +90,55 @@ def evaluate_run(
     dataset = Dataset.open(Path(config.data.dataset))
     predictor = Predictor.load(run.folder, device=device, precision=precision, inference=inference, method=method)
     place = "_".join(part for part in (chosen, _difference(predictor)) if part)
-    rows: list[dict[str, Any]] = []
-    with ProgressLine(f"evaluating {chosen}", len(names)) as line:
+    rows: list[Row] = []
+    failed: dict[str, ScantlyError] = {}
+    folder = run.predictions(place)
+    with (
+        sole_writer(folder, "evaluating", cure="wait for it"),
+        ProgressLine(f"evaluating {chosen}", len(names)) as line,
+    ):
         for done, name in enumerate(names, start=1):
-            case = dataset.case(name)
-            if case.label is None:
-                raise RunError(f"{chosen} case '{name}' has no label file; add it or leave the case out of the split.")
-            prediction = predictor.predict(case.images)
-            write_prediction(prediction, run.predictions(place), name, case.images[0])
-            rows += score_case(
-                prediction.labels,
-                dataset.read_label(name).array,
-                classes=dataset.classes,
-                spacing=prediction.geometry.spacing if prediction.geometry.has_spacing else None,
-                convention=config.evaluation.protocol,
-                case=name,
-            )
+            try:
+                rows += _score(name, predictor, dataset, folder, config.evaluation.protocol)
+            except (DatasetError, DeviceError, ImageError) as error:
+                failed[name] = error
             line.update(done, note=name)
-    table = make_table(rows)
-    summary = {
-        "split": chosen,
-        "name": place,
-        "recipe": config.recipe,
-        "selection": config.evaluation.selection,
-        "method": config.method_name,
-        "labeled": config.data.labeled,
-        "seed": config.training.seed,
-        "steps": config.training.steps,
-        "inference": {**predictor.settings.to_dict(), "precision": predictor.precision},
-        **({"changed": dict(predictor.model.changed)} if predictor.model.changed else {}),
-        **summarize(table, protocol=config.evaluation.protocol, convention=config.evaluation.protocol),
-    }
-    save_table(table, run.folder / "evaluation" / f"{place}.csv")
-    write_json(run.folder / "evaluation" / f"{place}.json", summary)
-    return summary
+        scores = scores_of(rows, failed, convention=config.evaluation.protocol)
+        summary = {
+            "split": chosen,
+            "name": place,
+            "recipe": config.recipe,
+            "selection": config.evaluation.selection,
+            "method": config.method_name,
+            "labeled": config.data.labeled,
+            "seed": config.training.seed,
+            "steps": config.training.steps,
+            "inference": {**predictor.settings.to_dict(), "precision": predictor.precision},
+            **({"changed": dict(predictor.model.changed)} if predictor.model.changed else {}),
+            **scores.summary,
+        }
+        if failed:
+            return replace(scores, summary=summary)
+        path = run.folder / "evaluation" / f"{place}.csv"
+        save_table(scores.table, path)
+        write_json(path.with_suffix(".json"), summary)
+    return replace(scores, summary=summary, place=path)
+
+
+def _score(name: str, predictor: Predictor, dataset: Dataset, folder: Path, convention: Convention) -> list[Row]:
+    """Predict one case, keep the label map, and score it."""
+    case = dataset.case(name)
+    reference = dataset.read_label(name)
+    prediction = predictor.predict(case.images)
+    write_prediction(prediction, folder, name, case.images[0])
+    return score_case(
+        prediction.labels,
+        reference.array,
+        classes=dataset.classes,
+        spacing=prediction.geometry.spacing if prediction.geometry.has_spacing else None,
+        convention=convention,
+        case=name,
+    )
 
 
 def _difference(predictor: Predictor) -> str:
@@ -111,70 +147,3 @@ def _difference(predictor: Predictor) -> str:
     parts += [f"{name}-{setting_word(value)}" for name, value in sorted(predictor.model.changed.items())]
     parts += [] if predictor.precision == "32" else [predictor.precision]
     return "_".join(part for part in parts if part)
-
-
-def evaluate_folders(
-    predictions: str | Path,
-    labels: str | Path,
-    *,
-    classes: Sequence[str] | None = None,
-    convention: Convention = "clean",
-) -> tuple[pd.DataFrame, dict[str, Any]]:
-    """Score predictions of any origin against label files of the same names.
-
-    Args:
-        predictions: Folder of label maps.
-        labels: Folder of reference label maps; each prediction needs one.
-        classes: Class names, background first; ``None``: ``class 1``, ``class 2``, ... up to the largest value.
-        convention: How empty masks count, ``clean`` or ``literature``.
-
-    Returns:
-        Per-case table and its summary.
-
-    Raises:
-        ImageError: if a folder holds no label maps, a reference is missing, or a pair has different geometry.
-    """
-    pairs = _pairs(Path(predictions), Path(labels))
-    if classes is None:
-        largest = max(int(read_label(path).array.max()) for pair in pairs.values() for path in pair)
-        classes = ("background", *(f"class {value}" for value in range(1, largest + 1)))
-    rows: list[dict[str, Any]] = []
-    for name, (predicted_path, reference_path) in pairs.items():
-        predicted, reference = read_label(predicted_path), read_label(reference_path)
-        difference = geometry_difference(predicted.geometry, reference.geometry)
-        if difference:
-            raise ImageError(f"{predicted_path} and {reference_path} do not fit: {difference}; resample one of them.")
-        largest = int(np.max(predicted.array, initial=0))
-        if largest >= len(classes):
-            raise ImageError(f"{predicted_path} has label {largest}, but there are classes 0-{len(classes) - 1} only.")
-        rows += score_case(
-            predicted.array,
-            reference.array,
-            classes=classes,
-            spacing=reference.geometry.spacing if reference.geometry.has_spacing else None,
-            convention=convention,
-            case=name,
-        )
-    table = make_table(rows)
-    return table, summarize(table, protocol=convention, convention=convention)
-
-
-def _pairs(predictions: Path, labels: Path) -> dict[str, tuple[Path, Path]]:
-    found: dict[str, dict[str, Path]] = {}
-    for folder in (predictions, labels):
-        if not folder.is_dir():
-            raise ImageError(f"{folder} is not a folder.")
-        found[str(folder)] = {
-            stem(file): file
-            for file in sorted(folder.iterdir())
-            if file_ending(file)
-            and not file.name.startswith(".")
-            and not stem(file).endswith(("_uncertainty", "_probabilities"))
-        }
-        if not found[str(folder)]:
-            raise ImageError(f"{folder} holds no label maps; give the folder that holds them.")
-    predicted, references = found[str(predictions)], found[str(labels)]
-    missing = sorted(set(predicted) - set(references))
-    if missing:
-        raise ImageError(f"{labels} has no label for '{missing[0]}' ({len(missing)} missing in all); add or remove it.")
-    return {name: (path, references[name]) for name, path in predicted.items()}

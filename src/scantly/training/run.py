@@ -9,11 +9,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from filelock import FileLock, Timeout
-
 from scantly.data.splits import Split
 from scantly.errors import RunError
-from scantly.files import read_json, read_yaml, write_json, write_yaml
+from scantly.files import read_json, read_yaml, sole_writer, write_json, write_yaml
 from scantly.settings import parse
 from scantly.training.config import IRRELEVANT_KEYS, RunConfig
 
@@ -158,18 +156,8 @@ class Run:
         Raises:
             RunError: if another process trains in this folder.
         """
-        self.folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.folder / ".lock")
-        try:
-            lock.acquire(timeout=0)
-        except Timeout:
-            raise RunError(
-                f"another process is training in {self.folder}; wait for it or choose another --out."
-            ) from None
-        try:
+        with sole_writer(self.folder, "training"):
             yield
-        finally:
-            lock.release()
 
     def claim(self, config: RunConfig, environment: Mapping[str, Any], *, resume: bool) -> None:
         """Make the folder this configuration's, or refuse it untouched.

@@ -163,5 +163,6 @@ def prepare_store(config: RunConfig, *, quiet: bool = False) -> Store:
             config.plan,
             root=Path(config.data.store) if config.data.store else None,
             with_labels=set(split["labeled"]),
+            check_labels=set(split["val"]),
             progress=lambda done, _total, name: line.update(done, note=name),
         )
