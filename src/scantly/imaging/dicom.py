@@ -224,13 +224,10 @@ def _decode(path: Path) -> NDArray[Any]:
     """(frames, rows, columns), rescaled by GDCM in double precision where the factors are not whole."""
     import SimpleITK
 
-    with decoding(path, "DICOM image"):
-        try:
-            array: NDArray[Any] = SimpleITK.GetArrayFromImage(reader_of(path).Execute())
-        except RuntimeError:  # its text is about the decoder's source code
-            raise ImageError(
-                f"{path} cannot be decoded as a DICOM image: it is truncated or damaged; fetch or export it again."
-            ) from None
+    # the decoder's text is about its source code
+    damage = f"{path} cannot be decoded as a DICOM image: it is truncated or damaged; fetch or export it again."
+    with decoding(path, "DICOM image", damage=damage):
+        array: NDArray[Any] = SimpleITK.GetArrayFromImage(reader_of(path).Execute())
         return array
 
 
