@@ -88,7 +88,7 @@ def test_a_sound_file_that_does_not_fit_is_not_called_damaged(tmp_path: Path, na
     done = subprocess.run(arguments, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
-    assert [room for room, _ in lines] == [room for room in "4 12 24 40 90 4000".split() for _ in range(2)]
+    assert [room for room, _ in lines] == [room for room in ("4", "12", "24", "40", "90", "4000") for _ in range(2)]
     for room, told in lines:
         if told != "read":
             assert re.fullmatch(rf"{tmp_path / name} needs about \d+ MB of memory to be read.*; free memory.*", told)
@@ -117,7 +117,9 @@ def test_each_library_s_word_for_a_lack_of_memory_is_known(tmp_path: Path, error
     with pytest.raises(ImageError) as told, decoding(path, "scan") as reading:
         reading.needs = 2_500_000_000
         raise error
-    assert str(told.value).startswith(f"{path} needs about 2.5 GB of memory to be read, more than this process can get;")
+    assert str(told.value).startswith(
+        f"{path} needs about 2.5 GB of memory to be read, more than this process can get;"
+    )
 
 
 def test_work_on_the_voxels_names_the_file(tmp_path: Path) -> None:
@@ -128,7 +130,10 @@ def test_work_on_the_voxels_names_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("error", "words"),
     [
-        (ModuleNotFoundError("No module named 'abc'", name="abc"), "needs a decoder that is not installed .*pip install abc"),
+        (
+            ModuleNotFoundError("No module named 'abc'", name="abc"),
+            "needs a decoder that is not installed .*pip install abc",
+        ),
         (ValueError("<COMPRESSION.LZW: 5> requires the 'imagecodecs' package"), r"LZW.*pip install imagecodecs, or"),
         (OSError("Can't read data (can't open directory (/usr/lib/plugin))"), "no decoder is installed"),
         (OSError("decoder webp not available"), "no decoder is installed"),
@@ -165,7 +170,11 @@ def test_a_claim_beyond_all_addresses_is_a_lack_of_memory(tmp_path: Path) -> Non
 
 
 def readers() -> dict[str, Callable[[Path], object]]:
-    return {"image": lambda path: imaging.read_image([path]), "label": imaging.read_label, "grid": imaging.read_geometry}
+    return {
+        "image": lambda path: imaging.read_image([path]),
+        "label": imaging.read_label,
+        "grid": imaging.read_geometry,
+    }
 
 
 @pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that the system fails to read is Linux's")

@@ -28,8 +28,9 @@ _CHUNK = 1 << 24
 
 # Pillow, ITK, the C++ library, zlib, HDF5 and GDCM on memory; NumPy and Python raise MemoryError
 _OF_MEMORY = re.compile(
-    r"out of memory|not enough memory|insufficient memory|cannot allocate memory|can't allocate|memory allocation failed"
-    r"|failed to allocate|unable to allocate|bad_alloc|bad allocation|decoder error -9\b|^error -4\b",
+    r"out of memory|not enough memory|insufficient memory|cannot allocate memory|can't allocate"
+    r"|memory allocation failed|failed to allocate|unable to allocate|bad_alloc|bad allocation"
+    r"|decoder error -9\b|^error -4\b",
     re.IGNORECASE,
 )
 _PACKAGE = re.compile(r"requires the '([\w.-]+)' package")
@@ -40,10 +41,6 @@ _OF_CODECS = re.compile(
     re.IGNORECASE,
 )
 
-_PATH_FAULTS = (errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG)
-_LIMITS = (errno.EMFILE, errno.ENFILE)
-_HELD = (errno.EAGAIN, errno.EBUSY, errno.ETXTBSY)
-_RIGHTS = (errno.EACCES, errno.EPERM)
 _DISK = (
     errno.EIO,
     errno.ENXIO,
@@ -60,6 +57,20 @@ _DISK = (
     errno.EHOSTDOWN,
     errno.EHOSTUNREACH,
     getattr(errno, "EREMOTEIO", errno.EIO),
+)
+_OF_SYSTEM = (
+    ((errno.EACCES, errno.EPERM), "may not be read ({}); change its permissions."),
+    ((errno.ENOTDIR, errno.ELOOP, errno.ENAMETOOLONG), "cannot be opened ({}); check the path."),
+    ((errno.EMFILE, errno.ENFILE), "cannot be opened ({}); raise the limit on open files (ulimit -n)."),
+    (
+        (errno.EAGAIN, errno.EBUSY, errno.ETXTBSY),
+        "is held by another program ({}); close that, or wait until it is done.",
+    ),
+    (
+        _DISK,
+        "cannot be read ({}): the disk or the network share fails, whatever the file is like; see that it works and "
+        "try again.",
+    ),
 )
 # any other number, such as EINVAL for a position before the file's begin, is what damaged bytes lead to
 
@@ -113,26 +124,13 @@ def why_unreadable(path: Path, kind: str, error: BaseException, *, needs: int = 
 
 def _of_system(path: Path, kind: str, error: OSError) -> str | None:
     """Sentence for what the operating system reports; None for what damaged bytes can lead to."""
-    number = error.errno
-    words = os.strerror(number) if number else ""
+    number = error.errno or 0
     if number == errno.ENOENT:
         return f"{path} does not exist."
     if number == errno.EISDIR:
         return f"{path} is a folder, not a {kind}."
-    if number in _RIGHTS:
-        return f"{path} may not be read ({words}); change its permissions."
-    if number in _PATH_FAULTS:
-        return f"{path} cannot be opened ({words}); check the path."
-    if number in _LIMITS:
-        return f"{path} cannot be opened ({words}); raise the limit on open files (ulimit -n)."
-    if number in _HELD:
-        return f"{path} is held by another program ({words}); close that, or wait until it is done."
-    if number in _DISK:
-        return (
-            f"{path} cannot be read ({words}): the disk or the network share fails, whatever the file is like; see "
-            "that it works and try again."
-        )
-    return None
+    known = next((rest for numbers, rest in _OF_SYSTEM if number in numbers), None)
+    return known and f"{path} {known.format(os.strerror(number))}"
 
 
 def _of_codecs(path: Path, error: BaseException, reason: str) -> str | None:
