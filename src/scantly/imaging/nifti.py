@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import nibabel
 import numpy as np
+from nibabel.nifti1 import data_type_codes
 from numpy.typing import NDArray
 
 from scantly.errors import ImageError, times
@@ -154,6 +155,9 @@ def _interpret(header: Any, raw: bytes, path: Path) -> _Header:
     if len(shape) < 2 or any(size < 1 for size in shape):
         raise ImageError(f"{path} has dimensions {shape}, not those of a 2D or 3D image; export it again.")
     x, y, z = [*shape[:3], 1][:3]
+    code = int(header["datatype"])
+    if code not in data_type_codes.code:
+        raise ImageError(f"{path} has voxels of an unknown type (datatype {code}); export it again.")
     dtype = np.dtype(header.get_data_dtype())
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise ImageError(
