@@ -25,13 +25,15 @@ _SAMPLES = {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}  # by color type
 def read_layout(path: Path) -> Layout:
     """Read size, resolution and orientation.
 
-    The orientation may stand behind the pixels, so the whole file is read.
+    The orientation may stand behind the pixels: where there is one, all are decoded.
 
     Raises:
         ImageError: as :func:`read_pixels`.
     """
-    with decoding(path, _KIND) as reading, pillow_unbounded(), _open(path.read_bytes(), path, reading) as picture:
-        return _layout(picture, _orientation(picture))
+    with decoding(path, _KIND) as reading, pillow_unbounded():
+        data = path.read_bytes()
+        with _open(data, path, reading) as picture:
+            return _layout(picture, _orientation(picture, data))
 
 
 def read_pixels(path: Path, *, indices: bool) -> tuple[NDArray[Any], Layout]:
@@ -52,7 +54,7 @@ def read_pixels(path: Path, *, indices: bool) -> tuple[NDArray[Any], Layout]:
         with _open(data, path, reading) as picture:
             picture.verify()  # the check sums; a picture cannot be used after that
         with _open(data, path, reading) as picture:
-            orientation = _orientation(picture)
+            orientation = _orientation(picture, data)
             pixels = from_pillow(picture, data[24], path, indices=indices)
             layout = _layout(picture, orientation)
     channels = pixels[np.newaxis] if pixels.ndim == 2 else np.moveaxis(pixels, -1, 0)
@@ -74,8 +76,10 @@ def _open(data: bytes, path: Path, reading: Reading) -> PIL.Image.Image:
     return picture
 
 
-def _orientation(picture: PIL.Image.Image) -> int:
+def _orientation(picture: PIL.Image.Image, data: bytes) -> int:
     """As the EXIF chunk says; editors leave other copies of it in texts, which viewers do not follow."""
+    if b"eXIf" not in data:
+        return 1
     picture.load()
     for text in ("XML:com.adobe.xmp", "xmp", "Raw profile type exif"):
         picture.info.pop(text, None)
