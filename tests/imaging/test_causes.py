@@ -18,9 +18,11 @@ import PIL.Image
 import pytest
 import tifffile
 
+import dicom_series
 from scantly import imaging
 from scantly.errors import ImageError
 from scantly.imaging.decoding import decoding, within_memory
+from scantly.imaging.dicom import find_series
 
 SIDE = 200  # a volume of 8 million voxels, 16 MB as int16 and 32 MB as float32
 
@@ -94,6 +96,37 @@ def test_a_sound_file_that_does_not_fit_is_not_called_damaged(tmp_path: Path, na
             assert re.fullmatch(rf"{tmp_path / name} needs about \d+ MB of memory to be read.*; free memory.*", told)
         assert (told != "read") or room != "4"
         assert (told == "read") or room != "4000"
+
+
+def test_a_sound_series_that_does_not_fit_is_not_called_damaged(tmp_path: Path) -> None:
+    dicom_series.write(tmp_path / "big", dicom_series.stack(0, (2, 2000, 1000)))
+    dicom_series.write(tmp_path / "small", dicom_series.stack(0, (2, 4, 5)))
+    program = """
+        import resource, sys
+        from pathlib import Path
+        from scantly import imaging
+        from scantly.imaging.dicom import find_series
+        from scantly.errors import ImageError
+        (big,), (small,) = (find_series(Path(folder)) for folder in sys.argv[1:])
+        imaging.read_image([small])
+        taken = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        for room in (2, *range(14, 30, 2), 4000):  # the whole takes 16 MB, a slice 4 and what GDCM needs
+            resource.setrlimit(resource.RLIMIT_AS, (taken + room * 1_000_000, -1))
+            try:
+                imaging.read_image([big])
+            except ImageError as error:
+                print(room, error)
+            else:
+                print(room, "read")
+    """
+    arguments = [sys.executable, "-c", textwrap.dedent(program), str(tmp_path / "big"), str(tmp_path / "small")]
+    done = subprocess.run(arguments, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = [line.split(" ", 1) for line in done.stdout.splitlines()]
+    assert len(lines) == 10
+    assert all(told == "read" or re.search(r"big.* needs about \d+ MB of memory to be read", told) for _, told in lines)
+    assert lines[0][1] != "read"
+    assert lines[-1][1] == "read"
 
 
 @pytest.mark.parametrize(
@@ -185,6 +218,14 @@ def test_a_failing_disk_is_not_called_damage(tmp_path: Path, ending: str, reader
     path.symlink_to("/proc/self/mem")  # opens, and gives EIO for its first byte
     with pytest.raises(ImageError, match=r"Input/output error\): the disk or the network share fails"):
         readers()[reader](path)
+
+
+@pytest.mark.skipif(not Path("/proc/self/mem").exists(), reason="a file that the system fails to read is Linux's")
+def test_a_failing_disk_with_a_series(tmp_path: Path) -> None:
+    dicom_series.write(tmp_path)
+    (tmp_path / "IM9.dcm").symlink_to("/proc/self/mem")
+    with pytest.raises(ImageError, match=r"IM9\.dcm cannot be read \(Input/output error\): the disk"):
+        find_series(tmp_path)
 
 
 @pytest.mark.parametrize("reader", readers())

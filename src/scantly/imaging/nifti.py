@@ -76,7 +76,7 @@ def read_voxels(path: Path, dtype: type[np.float32] | None) -> tuple[NDArray[Any
         header = _read_header(stream, path)
         _read(stream, header.offset - len(header.raw), path, "header")
         count = math.prod(header.shape) * header.dtype.itemsize
-        reading.needs = count + math.prod(header.shape) * np.dtype(dtype or header.dtype).itemsize
+        reading.needs = count + (math.prod(header.shape) * np.dtype(dtype).itemsize if dtype else 0)
         data = _read(stream, count, path, "voxels")
         while stream.read(_CHUNK):  # to the end, where gzip keeps the check sum
             pass
@@ -88,7 +88,7 @@ def _scale(stored: NDArray[Any], header: _Header, dtype: type[np.float32] | None
     native = stored.dtype.newbyteorder("=")
     if header.slope == 1.0 and header.intercept == 0.0:
         with np.errstate(over="ignore", invalid="ignore"):
-            return stored.astype(dtype or native)
+            return stored.astype(dtype or native, copy=False)
     scaled = np.empty(stored.shape, dtype or np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         for index, plane in enumerate(stored):  # plane by plane: float64 precision without a float64 volume
