@@ -19,6 +19,7 @@ __all__ = [
     "RunError",
     "ScantlyError",
     "listing",
+    "megabytes",
     "times",
     "together",
     "unknown_name",
@@ -88,6 +89,16 @@ def times(sides: Iterable[int]) -> str:
         '80 x 112 x 112'
     """
     return " x ".join(map(str, sides))
+
+
+def megabytes(count: float) -> str:
+    """Bytes in words.
+
+    Example:
+        >>> megabytes(1_234_567_890), megabytes(12_345_678)
+        ('1.2 GB', '12 MB')
+    """
+    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
 
 
 def unknown_name(kind: str, name: str, known: Iterable[str]) -> str:

@@ -44,6 +44,7 @@ from scantly.data.store import FORMAT, MANIFEST, Store
 from scantly.errors import ConfigError, DatasetError, ImageError, ScantlyError
 from scantly.files import digest, read_json, write_json, write_text
 from scantly.imaging import Label
+from scantly.imaging.decoding import within_memory
 
 __all__ = ["build_store", "cache_root"]
 
@@ -238,7 +239,8 @@ class _Job:
         if known is not None:
             return known["record"]
         path.with_suffix(".json").unlink(missing_ok=True)
-        array, record = prepare(self.dataset.read_image(self.name), self.plan)
+        with within_memory(self.dataset.case(self.name).images[0]):
+            array, record = prepare(self.dataset.read_image(self.name), self.plan)
         size = write_array(path, array, chunks_for(array.shape, self.plan.spatial_dims))
         _write_sidecar(path, {"sources": sources, "bytes": size, "record": record.to_dict()})
         return record.to_dict()
@@ -250,7 +252,8 @@ class _Job:
         path.with_suffix(".json").unlink(missing_ok=True)
         label = self.dataset.read_label(self.name)
         # the image's grid: a difference within the tolerance must not turn or size the label otherwise
-        array = prepare_label(Label(label.array, record.geometry), self.plan)
+        with within_memory(self.dataset.case(self.name).label):
+            array = prepare_label(Label(label.array, record.geometry), self.plan)
         size = write_array(path, array, chunks_for(array.shape, self.plan.spatial_dims))
         _write_sidecar(path, {"sources": sources, "bytes": size, **Presence.of(array, self.name).to_dict()})
 

@@ -19,6 +19,7 @@ from scantly.data.dataset import channel_sentence, geometry_sentence, label_faul
 from scantly.data.layout import Case, Description, Fault, Scan, describe, files_of, scan, visible
 from scantly.data.splitfile import SplitFile, left_out, listed, on_both_sides, read_split_file, split_faults
 from scantly.errors import DatasetError, ImageError
+from scantly.imaging.decoding import within_memory
 
 __all__ = ["Finding", "check"]
 
@@ -199,14 +200,16 @@ class _CaseReader:
         for path in self.case.images:
             try:
                 image = imaging.read_image([path], finite=False)
+                with within_memory(path, image.array.nbytes):
+                    content.update(repr(image.array.shape).encode())
+                    content.update(np.ascontiguousarray(image.array).data)
+                    found = list(self._voxels(path, image))
             except ImageError as error:
                 whole = False
                 yield Finding("error", "unreadable", str(path), str(error))
                 continue
-            content.update(repr(image.array.shape).encode())
-            content.update(np.ascontiguousarray(image.array).data)
             channels += len(image.array)
-            yield from self._voxels(path, image)
+            yield from found
         if not whole:
             return
         self.digest = content.digest()
@@ -246,9 +249,14 @@ class _CaseReader:
     def _label(self, path: Path) -> Iterator[Finding]:
         try:
             label = imaging.read_label(path)
+            with within_memory(path, label.array.nbytes):
+                found = list(self._values(path, label))
         except ImageError as error:
             yield Finding("error", "unreadable", str(path), str(error))
             return
+        yield from found
+
+    def _values(self, path: Path, label: imaging.Label) -> Iterator[Finding]:
         values = np.ascontiguousarray(label.array)
         self.label_digest = hashlib.blake2b(values.data, digest_size=16).digest()
         if self.geometry is not None:

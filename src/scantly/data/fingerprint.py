@@ -23,6 +23,7 @@ from scantly.data.faults import as_one, faults_of_cases
 from scantly.data.parallel import in_order, worker_count
 from scantly.data.splits import Split
 from scantly.errors import DatasetError, ImageError
+from scantly.imaging.decoding import within_memory
 
 __all__ = ["Fingerprint", "Intensity", "collect"]
 
@@ -224,8 +225,9 @@ class _Sample:
 
     def draw(self) -> NDArray[np.float32]:
         """At most ``quota`` intensities, by a generator of the case's own."""
-        mask = self.dataset.read_label(self.name).array > 0
-        values: NDArray[np.float32] = self.dataset.read_image(self.name).array[self.channel][mask]
+        with within_memory(self.dataset.case(self.name).images[0]):
+            mask = self.dataset.read_label(self.name).array > 0
+            values: NDArray[np.float32] = self.dataset.read_image(self.name).array[self.channel][mask]
         if values.size > self.quota:
             values = np.random.default_rng([self.number, self.channel]).choice(values, self.quota, replace=False)
         return values

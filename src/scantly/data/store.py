@@ -18,7 +18,7 @@ from scantly.errors import DatasetError
 __all__ = ["FORMAT", "MANIFEST", "Store"]
 
 #: Raised when prepared arrays or sidecars change their meaning; older stores are then remade.
-FORMAT = 2
+FORMAT = 3
 #: The cases of a store; written last of all.
 MANIFEST = "store.json"
 _SIDECARS = 512

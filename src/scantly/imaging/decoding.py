@@ -1,4 +1,4 @@
-"""What every reader needs: faults of damaged files told in a sentence, and voxel values checked."""
+"""What every reader needs: faults told in a sentence, and voxel values checked."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scantly.errors import ImageError
+from scantly.imaging.causes import HEADER_FAULTS, memory_sentence, why_unreadable
 
-__all__ = ["decoding", "guard_size", "require_finite", "say_no_spacing", "to_labels"]
+__all__ = ["Reading", "decoding", "guard_size", "require_finite", "say_no_spacing", "to_labels", "within_memory"]
 
 log = logging.getLogger("scantly")
 
@@ -37,6 +39,7 @@ _FAULTS = (
     ValueError,
     struct.error,
     zlib.error,
+    *HEADER_FAULTS,
 )
 
 # No lossless coding of the formats we read packs more than about 1:1400 (deflate 1:1032, LZW 1:1365): a file
@@ -44,30 +47,54 @@ _FAULTS = (
 _GREATEST_RATIO = 2000
 
 
+@dataclass
+class Reading:
+    """What a reader finds out about its file while it decodes.
+
+    Attributes:
+        needs: Bytes that the voxels take in memory, as soon as the header has said so.
+    """
+
+    needs: int = 0
+
+
 @contextmanager
-def decoding(path: Path, kind: str) -> Iterator[None]:
-    """Turn whatever a decoder raises on a damaged file into one :class:`ImageError`.
+def decoding(path: Path, kind: str, *, damage: str | None = None) -> Iterator[Reading]:
+    """Turn whatever a decoder raises into one :class:`ImageError` that names the cause.
 
     Args:
         path: The file being read.
         kind: Its format in words, for instance ``"PNG image"``.
+        damage: What to say of a damaged file, where the decoder's own words are of no use.
+
+    Yields:
+        Where the reader notes what the file needs; with it a lack of memory is told from damage.
     """
+    reading = Reading()
     try:
         with np.errstate(all="ignore"):  # damaged headers hold any number; the result is examined instead
-            yield
+            yield reading
     except ImageError:
         raise
-    except FileNotFoundError:
-        raise ImageError(f"{path} does not exist.") from None
-    except PermissionError as error:
-        raise ImageError(f"{path} may not be read ({error.strerror}); change its permissions.") from error
-    except IsADirectoryError:
-        raise ImageError(f"{path} is a folder, not a {kind}.") from None
     except _FAULTS as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise ImageError(
-            f"{path} cannot be read as a {kind} ({reason[:200]}): it is truncated or damaged; fetch or export it again."
-        ) from error
+        raise ImageError(why_unreadable(path, kind, error, needs=reading.needs, damage=damage)) from error
+
+
+@contextmanager
+def within_memory(path: object, needs: int = 0) -> Iterator[None]:
+    """Say which file was too large where work on its voxels runs out of memory.
+
+    Args:
+        path: The file, or what stands for it.
+        needs: Bytes that its voxels take; 0 if not known.
+
+    Raises:
+        ImageError: in place of ``MemoryError``.
+    """
+    try:
+        yield
+    except MemoryError as error:
+        raise ImageError(memory_sentence(path, needs)) from error
 
 
 def guard_size(path: Path, claimed: int) -> None:

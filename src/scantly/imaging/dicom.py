@@ -8,7 +8,8 @@ JPEG-LS, JPEG 2000: by SimpleITK's GDCM); loss, color and everything that is not
 from __future__ import annotations
 
 import logging
-from collections import defaultdict
+import math
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -213,10 +214,11 @@ def read_series(series: Series) -> tuple[NDArray[np.float32], Geometry]:
     """
     geometry = series.geometry
     array = np.empty((1, *geometry.shape), np.float32)
+    frames_of = Counter(image.path for image in series.ordered)
     decoded: tuple[Path, NDArray[Any]] | None = None
     for index, image in enumerate(series.ordered):
         if decoded is None or decoded[0] != image.path:
-            decoded = image.path, _decode(image.path)
+            decoded = image.path, _decode(image.path, math.prod(image.shape) * frames_of[image.path])
         frames = decoded[1]
         if image.frame >= len(frames) or frames[image.frame].shape != image.shape:
             raise ImageError(
@@ -227,17 +229,15 @@ def read_series(series: Series) -> tuple[NDArray[np.float32], Geometry]:
     return array, geometry
 
 
-def _decode(path: Path) -> NDArray[Any]:
+def _decode(path: Path, voxels: int) -> NDArray[Any]:
     """(frames, rows, columns), rescaled by GDCM in double precision where the factors are not whole."""
     import SimpleITK
 
-    with decoding(path, "DICOM image"):
-        try:
-            array: NDArray[Any] = SimpleITK.GetArrayFromImage(reader_of(path).Execute())
-        except RuntimeError:  # its text is about the decoder's source code
-            raise ImageError(
-                f"{path} cannot be decoded as a DICOM image: it is truncated or damaged; fetch or export it again."
-            ) from None
+    # the decoder's text is about its source code
+    damage = f"{path} cannot be decoded as a DICOM image: it is truncated or damaged; fetch or export it again."
+    with decoding(path, "DICOM image", damage=damage) as reading:
+        reading.needs = 8 * voxels  # GDCM holds the file, its pixels and the image, of 2 bytes a voxel at least
+        array: NDArray[Any] = SimpleITK.GetArrayFromImage(reader_of(path).Execute())
         return array
 
 

@@ -278,14 +278,12 @@ def reader_of(path: Path) -> Any:
 def _tags(path: Path, syntax: str) -> dict[str, str]:
     """The top-level elements as text, read by SimpleITK without decoding the voxels."""
     reader = reader_of(path)
-    with decoding(path, "DICOM image"):
-        try:
-            reader.ReadImageInformation()
-        except RuntimeError:
-            raise ImageError(
-                f"{path} cannot be read as a DICOM image (transfer syntax {syntax or 'missing'}): it is truncated, "
-                "damaged, without pixels or coded in an unknown way; fetch or export it again, or move it away."
-            ) from None
+    damage = (
+        f"{path} cannot be read as a DICOM image (transfer syntax {syntax or 'missing'}): it is truncated, "
+        "damaged, without pixels or coded in an unknown way; fetch or export it again, or move it away."
+    )
+    with decoding(path, "DICOM image", damage=damage):
+        reader.ReadImageInformation()
         return {key: reader.GetMetaData(key).strip("\0 ") for key in reader.GetMetaDataKeys()}
 
 

@@ -6,6 +6,7 @@ stored.
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -45,10 +46,12 @@ def read_voxels(path: Path, key: Key) -> tuple[NDArray[Any], Geometry]:
     Raises:
         ImageError: if the file is damaged, has no such array, or one of another kind.
     """
-    with decoding(path, _KIND), h5py.File(path, "r") as file:
+    with decoding(path, _KIND) as reading, h5py.File(path, "r") as file:
         dataset = _dataset(file, key, path)
         geometry = _geometry(dataset, path, key)
-        guard_size(path, dataset.size * dataset.dtype.itemsize)
+        guard_size(path, dataset.nbytes)
+        # HDF5 unpacks a chunk into a buffer that it doubles, with the one before at hand until it is copied
+        reading.needs = dataset.nbytes + 3 * math.prod(dataset.chunks or (0,)) * dataset.dtype.itemsize
         array: NDArray[Any] = np.asarray(dataset[()]).reshape(geometry.shape)
         return array, geometry
 
@@ -69,10 +72,10 @@ def _dataset(file: Any, key: Key, path: Path) -> Any:
 
 
 def _geometry(dataset: Any, path: Path, key: Key) -> Geometry:
-    shape = tuple(int(size) for size in dataset.shape)
+    shape = None if dataset.shape is None else tuple(int(size) for size in dataset.shape)
     if dataset.dtype.kind not in "iufb":
         raise ImageError(f"{path} has '{key}' of type {dataset.dtype}; store numbers.")
-    if len(shape) not in (2, 3) or 0 in shape:
+    if shape is None or len(shape) not in (2, 3) or 0 in shape:
         raise ImageError(f"{path} has '{key}' of shape {shape}; store one slice (H, W) or volume (D, H, W).")
     say_no_spacing(".h5 files")
     depth, height, width = (1, *shape) if len(shape) == 2 else shape

@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import nibabel
 import numpy as np
+from nibabel.nifti1 import data_type_codes
 from numpy.typing import NDArray
 
 from scantly.errors import ImageError, times
@@ -28,6 +29,7 @@ __all__ = ["read_geometry", "read_voxels", "write"]
 
 _KIND = "NIfTI file"
 _CHUNK = 1 << 24
+_ROUNDING = 1e-5  # of a squared sum of numbers in float32, some steps of arithmetic included
 _MM_PER_UNIT = {1: 1000.0, 3: 1e-3}  # metre, micrometre; 2 is mm, 0 (not said) is read as mm as all tools do
 
 
@@ -70,10 +72,11 @@ def read_voxels(path: Path, dtype: type[np.float32] | None) -> tuple[NDArray[Any
     Raises:
         ImageError: if the file is truncated, damaged, no NIfTI, or not one 2D or 3D image.
     """
-    with decoding(path, _KIND), _stream(path) as stream:
+    with decoding(path, _KIND) as reading, _stream(path) as stream:
         header = _read_header(stream, path)
         _read(stream, header.offset - len(header.raw), path, "header")
         count = math.prod(header.shape) * header.dtype.itemsize
+        reading.needs = count + (math.prod(header.shape) * np.dtype(dtype).itemsize if dtype else 0)
         data = _read(stream, count, path, "voxels")
         while stream.read(_CHUNK):  # to the end, where gzip keeps the check sum
             pass
@@ -85,7 +88,7 @@ def _scale(stored: NDArray[Any], header: _Header, dtype: type[np.float32] | None
     native = stored.dtype.newbyteorder("=")
     if header.slope == 1.0 and header.intercept == 0.0:
         with np.errstate(over="ignore", invalid="ignore"):
-            return stored.astype(dtype or native)
+            return stored.astype(dtype or native, copy=False)
     scaled = np.empty(stored.shape, dtype or np.float64)
     with np.errstate(over="ignore", invalid="ignore"):
         for index, plane in enumerate(stored):  # plane by plane: float64 precision without a float64 volume
@@ -152,6 +155,9 @@ def _interpret(header: Any, raw: bytes, path: Path) -> _Header:
     if len(shape) < 2 or any(size < 1 for size in shape):
         raise ImageError(f"{path} has dimensions {shape}, not those of a 2D or 3D image; export it again.")
     x, y, z = [*shape[:3], 1][:3]
+    code = int(header["datatype"])
+    if code not in data_type_codes.code:
+        raise ImageError(f"{path} has voxels of an unknown type (datatype {code}); export it again.")
     dtype = np.dtype(header.get_data_dtype())
     if dtype.kind not in "iuf" or dtype.itemsize > 8:
         raise ImageError(
@@ -168,7 +174,7 @@ def _interpret(header: Any, raw: bytes, path: Path) -> _Header:
 
 
 def _affine(header: Any, path: Path) -> NDArray[np.float64]:
-    affine = np.array(header.get_best_affine(), dtype=np.float64)
+    affine = np.array(_as_others_read(header, path).get_best_affine(), dtype=np.float64)
     affine[:3] *= _MM_PER_UNIT.get(int(header["xyzt_units"]) & 7, 1.0)
     axes = affine[:3, :3]
     lengths = np.linalg.norm(axes, axis=0) if np.isfinite(affine).all() else np.zeros(3)
@@ -178,6 +184,38 @@ def _affine(header: Any, path: Path) -> NDArray[np.float64]:
             f"{', '.join(f'{value:g}' for value in lengths)} mm); export it again or mend the header."
         )
     return affine
+
+
+def _as_others_read(header: Any, path: Path) -> Any:
+    """A copy of the header with what nibabel and SimpleITK mend on reading; the file's own stays as it is.
+
+    Voxel sizes are lengths whatever their sign, any ``pixdim[0]`` but a negative one means a right-handed qform (the
+    standard says so of 0), and a picture of two dimensions needs no third size. A quaternion is stored as three
+    numbers whose squares sum to 1 at most, which rounding can exceed: half a turn is then meant.
+    """
+    mended = header.copy()
+    fields = mended.structarr
+    sizes = np.abs(fields["pixdim"][1:4])
+    flat = fields["dim"][1:4] == 1
+    flat[max(int(fields["dim"][0]), 0) :] = True
+    sizes[flat & (sizes == 0)] = 1
+    fields["pixdim"][1:4] = sizes
+    fields["pixdim"][0] = -1 if fields["pixdim"][0] < 0 else 1
+    if fields["sform_code"] > 0 or fields["qform_code"] <= 0:
+        return mended
+    names = ("quatern_b", "quatern_c", "quatern_d")
+    quaternion = np.array([fields[name] for name in names], dtype=np.float64)
+    squared = float(quaternion @ quaternion)
+    if not squared <= 1 + _ROUNDING:
+        numbers = ", ".join(f"{value:.9g}" for value in quaternion)
+        raise ImageError(
+            f"{path} has a rotation in its header (quaternion b, c, d = {numbers}) that is none: the squares must not "
+            f"sum to more than 1, but make {squared:.7g}; mend its qform, or export the scan again."
+        )
+    if squared > 1:
+        for name, value in zip(names, quaternion / math.sqrt(squared), strict=True):
+            fields[name] = value
+    return mended
 
 
 def write(path: Path, array: NDArray[Any], geometry: Geometry) -> None:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import io
-import logging
-import math
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import numpy as np
 import PIL.Image
@@ -14,66 +11,48 @@ import tifffile
 from numpy.typing import NDArray
 
 from scantly.errors import ImageError
-from scantly.imaging.decoding import decoding, guard_size, say_no_spacing
+from scantly.imaging import png, tiff
+from scantly.imaging.decoding import say_no_spacing
 from scantly.imaging.geometry import Geometry, Resolution, grid
+from scantly.imaging.pixels import Layout
 
 __all__ = ["read_geometry", "read_voxels", "write"]
 
 _MM: Final = {"inch": 25.4, "cm": 10.0, "m": 1000.0}
-_UNIT_CODES: Final = {"none": 1, "inch": 2, "cm": 3}  # of the TIFF tag ResolutionUnit
 _SCREEN_DPI: Final = (72.0, 96.0)
-
-# our own errors tell what is wrong with a file; without a handler Python would print these lines as well
-logging.getLogger("tifffile").addHandler(logging.NullHandler())
 
 
 def read_geometry(path: Path) -> Geometry:
-    """Read size and resolution without decoding the pixels.
+    """Read size and resolution, of the picture as displayed.
 
     Raises:
         ImageError: if the file is damaged or holds more than one picture.
     """
-    if _is_tiff(path):
-        with decoding(path, "TIFF image"), tifffile.TiffFile(path) as file:
-            return _tiff_geometry(_only_page(file, path), path)
-    with decoding(path, "PNG image"), _open_png(path.read_bytes()) as picture:
-        return _png_geometry(picture, path)
+    return _geometry(tiff.read_layout(path) if _is_tiff(path) else png.read_layout(path), path)
 
 
 def read_voxels(path: Path, *, indices: bool) -> tuple[NDArray[Any], Geometry]:
-    """Read the pixels.
+    """Read the pixels as a viewer shows them; :mod:`scantly.imaging.pixels` says what they mean.
 
     Args:
         path: PNG or TIFF file of one picture.
-        indices: True for labels: a palette's indices are returned instead of its colors, and a color
-            picture is accepted only if its channels are equal.
+        indices: True for labels: a palette's indices are returned instead of its colors, codes of few bits are not
+            spread over 0 to 255, and a color picture is accepted only if its channels are equal.
 
     Returns:
-        Array (C, 1, H, W) of the stored type, and its grid. Color pictures have three channels; opacity is
-        left out.
+        Array (C, 1, H, W) of a type that holds the stored one, and its grid. Color pictures have three channels;
+        opacity is left out.
 
     Raises:
-        ImageError: if the file is damaged, holds several pictures, or is a color picture given as label.
+        ImageError: if the file is damaged, holds several pictures or pixels that cannot be read, or is a color
+            picture given as label.
     """
-    if _is_tiff(path):
-        with decoding(path, "TIFF image"), tifffile.TiffFile(path) as file:
-            page = _only_page(file, path)
-            geometry = _tiff_geometry(page, path)
-            pixels = _tiff_pixels(page, path)
-    else:
-        data = _bytes(path)
-        with decoding(path, "PNG image"):
-            with _open_png(data) as picture:
-                picture.verify()  # the check sums; a picture cannot be used after that
-            with _open_png(data) as picture:
-                geometry = _png_geometry(picture, path)
-                pixels = _png_pixels(picture, data, path, indices)
-    channels = _channels_first(pixels, path)
+    channels, layout = (tiff if _is_tiff(path) else png).read_pixels(path, indices=indices)
     if indices and len(channels) > 1:
         if not (channels == channels[:1]).all():
             raise ImageError(f"{path} is a color picture, not a label: store the class index of each pixel in gray.")
         channels = channels[:1]
-    return channels[:, np.newaxis], geometry
+    return channels[:, np.newaxis], _geometry(layout, path)
 
 
 def write(path: Path, array: NDArray[Any], geometry: Geometry) -> None:
@@ -95,7 +74,7 @@ def write(path: Path, array: NDArray[Any], geometry: Geometry) -> None:
             metadata=None,
             software="",
             resolution=(x, y),
-            resolutionunit=_UNIT_CODES[unit],
+            resolutionunit=tiff.UNITS[unit],
         )
         return
     options: dict[str, Any] = {}
@@ -109,104 +88,12 @@ def _is_tiff(path: Path) -> bool:
     return path.suffix.lower() in (".tif", ".tiff")
 
 
-def _bytes(path: Path) -> bytes:
-    with decoding(path, "PNG image"):
-        return path.read_bytes()
-
-
-def _open_png(data: bytes) -> PIL.Image.Image:
-    return PIL.Image.open(io.BytesIO(data), formats=["PNG"])
-
-
-def _png_geometry(picture: PIL.Image.Image, path: Path) -> Geometry:
-    width, height = picture.size
-    dpi = picture.info.get("dpi")
-    resolution: Resolution | None = None
-    if dpi is not None:  # PNG stores whole pixels per metre, Pillow converts them
-        x, y = (round(float(value) / 0.0254) for value in dpi)
-        resolution = ((x, 1), (y, 1), "m")
-    return _geometry((height, width), resolution, path)
-
-
-def _png_pixels(picture: PIL.Image.Image, data: bytes, path: Path, indices: bool) -> NDArray[Any]:
-    depth, color = data[24], data[25]  # of the IHDR chunk, always the first
-    if depth == 16 and color != 0:
-        raise ImageError(
-            f"{path} is a color or transparent PNG of 16 bits per channel, which would be cut to 8; save it as TIFF."
-        )
-    mode = picture.mode
-    if mode == "P" and not indices:
-        picture = picture.convert("RGB")
-    elif mode in ("LA", "RGBA"):
-        picture = picture.convert(mode.removesuffix("A"))
-    return np.array(picture)
-
-
-def _only_page(file: tifffile.TiffFile, path: Path) -> Any:
-    if len(file.pages) != 1:
-        raise ImageError(
-            f"{path} holds {len(file.pages)} pictures; a TIFF here is one 2D image: "
-            "convert a stack to .nii.gz, which keeps the slice distance too."
-        )
-    return file.pages[0]
-
-
-def _tiff_geometry(page: Any, path: Path) -> Geometry:
-    if page.imagedepth != 1 or page.imagelength < 1 or page.imagewidth < 1:
-        raise ImageError(f"{path} is not a 2D picture (shape {page.shape}); convert a stack to .nii.gz.")
-    tags = page.tags
-    codes = {code: unit for unit, code in _UNIT_CODES.items()}
-    unit = codes.get(int(tags["ResolutionUnit"].value) if "ResolutionUnit" in tags else 2)
-    resolution: Resolution | None = None
-    if unit is not None and "XResolution" in tags and "YResolution" in tags:
-        x, y = (tuple(map(int, tags[name].value)) for name in ("XResolution", "YResolution"))
-        resolution = ((x[0], x[1]), (y[0], y[1]), unit)  # type: ignore[assignment]
-    return _geometry((int(page.imagelength), int(page.imagewidth)), resolution, path)
-
-
-def _tiff_pixels(page: Any, path: Path) -> NDArray[Any]:
-    guard_size(path, math.prod(page.shape) * np.dtype(page.dtype).itemsize)
-    if page.dtype is None or page.dtype.kind not in "iufb":
-        raise ImageError(f"{path} has pixels of type {page.dtype}; store integers or floating-point numbers.")
-    _require_data(page, path)
-    if page.compression in (tifffile.COMPRESSION.LZW, tifffile.COMPRESSION.PACKBITS):
-        # tifffile unpacks these with an extra package only; Pillow always does, but narrows some types
-        with PIL.Image.open(path, formats=["TIFF"]) as picture:
-            pixels = np.array(picture)
-        if pixels.dtype.itemsize != page.dtype.itemsize:
-            raise ImageError(f"{path} packs {page.dtype} pixels with LZW; save it without compression.")
-    else:
-        pixels = page.asarray()
-    if page.samplesperpixel > 1 and page.planarconfig == tifffile.PLANARCONFIG.SEPARATE:
-        pixels = np.moveaxis(pixels, 0, -1) if pixels.shape[0] == page.samplesperpixel else pixels
-    return pixels
-
-
-def _require_data(page: Any, path: Path) -> None:
-    """Refuse a picture of which a part is not in the file: tifffile gives zeros for it."""
-    size = path.stat().st_size
-    parts = list(zip(page.dataoffsets, page.databytecounts, strict=True))
-    whole = all(offset > 0 and count > 0 and offset + count <= size for offset, count in parts)
-    if not whole or len(parts) != math.prod(page.chunked):
-        raise ImageError(f"{path} lacks a part of its pixels: it is truncated or damaged; export it again.")
-
-
-def _channels_first(pixels: NDArray[Any], path: Path) -> NDArray[Any]:
-    if pixels.dtype == bool:
-        pixels = pixels.astype(np.uint8)
-    if pixels.ndim == 2:
-        return pixels[np.newaxis]
-    if pixels.ndim != 3 or pixels.shape[-1] not in (2, 3, 4):
-        raise ImageError(f"{path} has pixels of shape {pixels.shape}; store gray or RGB, or one file per channel.")
-    colors = 1 if pixels.shape[-1] == 2 else 3
-    return np.ascontiguousarray(np.moveaxis(pixels[..., :colors], -1, 0))
-
-
-def _geometry(size: tuple[int, int], resolution: Resolution | None, path: Path) -> Geometry:
+def _geometry(layout: Layout, path: Path) -> Geometry:
+    resolution = layout.resolution
     spacing = _spacing(resolution)
     if spacing is None:
         say_no_spacing(f"{path.suffix.lower()} files without resolution tags")
-    height, width = size
+    height, width = layout.size
     return Geometry(
         shape=(1, height, width),
         affine=grid((1.0, *(spacing or (1.0, 1.0)))),
@@ -233,7 +120,9 @@ def _resolution_of(geometry: Geometry) -> Resolution | None:
     return (round(1e6 / x), 1000), (round(1e6 / y), 1000), "m"
 
 
-def _in_tiff_units(resolution: Resolution | None) -> tuple[tuple[int, int], tuple[int, int], str]:
+def _in_tiff_units(
+    resolution: Resolution | None,
+) -> tuple[tuple[int, int], tuple[int, int], Literal["none", "inch", "cm"]]:
     if resolution is None:
         return (1, 1), (1, 1), "none"
     x, y, unit = resolution

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-from scantly.errors import ImageError
+from scantly.errors import ImageError, times
 from scantly.files import atomic_path
 from scantly.imaging import dicom, h5, nifti, raster
-from scantly.imaging.decoding import require_finite, to_labels
+from scantly.imaging.decoding import require_finite, to_labels, within_memory
 from scantly.imaging.geometry import Geometry, Image, Label, geometry_difference
 
 __all__ = [
@@ -82,39 +83,33 @@ def read_image(paths: Sequence[Source], *, finite: bool = True) -> Image:
         Array (C, D, H, W) float32 and the grid of the first file.
 
     Raises:
-        ImageError: if a file is missing, damaged, 4D or not finite, or if the channels lie on different
-            grids.
+        ImageError: if a file is missing, damaged, 4D or not finite, does not fit into memory, or if the channels
+            lie on different grids.
     """
     if not paths:
         raise ValueError("paths is empty; give one file per channel")
     read = [_read_channels(path) for path in paths]
     geometry = read[0][1]
-    for path, (array, own) in zip(paths, read, strict=True):
-        if finite:
-            require_finite(array, path.folder if isinstance(path, dicom.Series) else path)
-        difference = geometry_difference(own, geometry)
-        if difference:
-            raise ImageError(
-                f"{path} and {paths[0]} are channels of one case but differ in {difference}; "
-                "resample one onto the other."
-            )
-    return Image(read[0][0] if len(read) == 1 else np.concatenate([array for array, _ in read]), geometry)
+    with within_memory(paths[0], sum(array.nbytes for array, _ in read)):
+        for path, (array, own) in zip(paths, read, strict=True):
+            if finite:
+                require_finite(array, path.folder if isinstance(path, dicom.Series) else path)
+            difference = geometry_difference(own, geometry)
+            if difference:
+                raise ImageError(
+                    f"{path} and {paths[0]} are channels of one case but differ in {difference}; "
+                    "resample one onto the other."
+                )
+        return Image(read[0][0] if len(read) == 1 else np.concatenate([array for array, _ in read]), geometry)
 
 
 def _read_channels(path: Source) -> tuple[NDArray[np.float32], Geometry]:
     if isinstance(path, dicom.Series):
-        return dicom.read_series(path)
-    ending = _require_ending(path)
-    if ending in (".nii", ".nii.gz"):
-        array, geometry = nifti.read_voxels(path, np.float32)
-        return array[np.newaxis], geometry
-    if ending == ".h5":
-        array, geometry = h5.read_voxels(path, "image")
-        array = array[np.newaxis]
-    else:
-        array, geometry = raster.read_voxels(path, indices=False)
-    with np.errstate(over="ignore", invalid="ignore"):
-        return array.astype(np.float32), geometry
+        with within_memory(path, 4 * math.prod(path.geometry.shape)):
+            return dicom.read_series(path)
+    array, geometry = _decode(path, "image")
+    with within_memory(path, 4 * array.size), np.errstate(over="ignore", invalid="ignore"):
+        return array.astype(np.float32, copy=False), geometry
 
 
 def read_label(path: Path) -> Label:
@@ -124,17 +119,29 @@ def read_label(path: Path) -> Label:
         Array (D, H, W) of the smallest of uint8, int16, int32, int64 that holds the values, and its grid.
 
     Raises:
-        ImageError: if the file is missing, damaged or 4D, or holds values that are not whole numbers.
+        ImageError: if the file is missing, damaged or 4D, does not fit into memory, or holds values that are not
+            whole numbers.
     """
+    array, geometry = _decode(path, "label")
+    with within_memory(path, array.nbytes):
+        return Label(to_labels(array[0], path), geometry)
+
+
+def _decode(path: Path, meant: Literal["image", "label"]) -> tuple[NDArray[Any], Geometry]:
+    """Array (C, D, H, W) of the type that the format gives, and its grid, held against each other."""
     ending = _require_ending(path)
     if ending in (".nii", ".nii.gz"):
-        array, geometry = nifti.read_voxels(path, None)
+        array, geometry = nifti.read_voxels(path, np.float32 if meant == "image" else None)
+        array = array[np.newaxis]
     elif ending == ".h5":
-        array, geometry = h5.read_voxels(path, "label")
+        array, geometry = h5.read_voxels(path, meant)
+        array = array[np.newaxis]
     else:
-        pictures, geometry = raster.read_voxels(path, indices=True)
-        array = pictures[0]
-    return Label(to_labels(array, path), geometry)
+        array, geometry = raster.read_voxels(path, indices=meant == "label")
+    if array.shape[1:] != geometry.shape:
+        found, said = times(array.shape[1:]), times(geometry.shape)
+        raise ImageError(f"{path} holds {found} voxels (z, y, x) where its header says {said}; export it again.")
+    return array, geometry
 
 
 def read_geometry(path: Source) -> Geometry:

@@ -13,6 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from scantly.data.parallel import available_memory
+from scantly.errors import megabytes
 
 __all__ = ["Footprint", "available_bytes", "footprint", "is_out_of_memory", "megabytes"]
 
@@ -105,13 +106,3 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     return isinstance(error, RuntimeError) and "can't allocate memory" in str(error)
-
-
-def megabytes(count: float) -> str:
-    """Bytes in words.
-
-    Example:
-        >>> megabytes(1_234_567_890), megabytes(12_345_678)
-        ('1.2 GB', '12 MB')
-    """
-    return f"{count / 1e9:.1f} GB" if count >= 1e9 else f"{count / 1e6:.0f} MB"
