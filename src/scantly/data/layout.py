@@ -15,6 +15,7 @@ read as far as it goes, with every fault found; :class:`scantly.data.dataset.Dat
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -23,7 +24,7 @@ from typing import Any
 
 from scantly import imaging
 from scantly.errors import ConfigError
-from scantly.files import read_json
+from scantly.files import kind_of, read_json
 
 __all__ = ["Case", "Description", "Fault", "Scan", "describe", "files_of", "scan", "visible"]
 
@@ -105,8 +106,6 @@ def describe(root: Path) -> tuple[Description | None, list[Fault]]:
         info = read_json(path)
     except ConfigError as error:
         return None, [Fault("description", str(path), str(error))]
-    if not isinstance(info, dict):
-        return None, [Fault("description", str(path), f"{path} holds no JSON object; write it as nnU-Net does.")]
     return _interpret(info, path)
 
 
@@ -115,9 +114,14 @@ def _interpret(info: dict[str, Any], path: Path) -> tuple[Description | None, li
     channels = _channels(info, sentences)
     classes = _classes(info, sentences)
     ending = info.get("file_ending")
-    if ending not in imaging.ENDINGS:
+    if "file_ending" not in info:
         sentences.append(
-            f'"file_ending" is {ending!r}, which cannot be read; use one of {", ".join(imaging.ENDINGS)}, '
+            f'"file_ending" is missing; write for instance "file_ending": ".nii.gz" (it may be '
+            f"{', '.join(imaging.ENDINGS)})."
+        )
+    elif ending not in imaging.ENDINGS:
+        sentences.append(
+            f'"file_ending" is {json.dumps(ending)}, which cannot be read; use one of {", ".join(imaging.ENDINGS)}, '
             "converting the files if need be."
         )
     if sentences:
@@ -135,8 +139,10 @@ def _interpret(info: dict[str, Any], path: Path) -> tuple[Description | None, li
 def _channels(info: dict[str, Any], sentences: list[str]) -> tuple[str, ...]:
     names = info.get("channel_names")
     if not isinstance(names, dict) or not names:
-        old = ' (nnU-Net version 1 calls it "modality": rename it)' if "modality" in info else ""
-        sentences.append(f'"channel_names" is missing{old}; write for instance {{"0": "MR"}}.')
+        old = ' (nnU-Net version 1 calls it "modality": rename it)' if names is None and "modality" in info else ""
+        sentences.append(
+            f'"channel_names" {_not_an_object(info, "channel_names")}{old}; write for instance {{"0": "MR"}}.'
+        )
         return ()
     if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
         sentences.append(
@@ -146,10 +152,18 @@ def _channels(info: dict[str, Any], sentences: list[str]) -> tuple[str, ...]:
     return tuple(str(names[key]) for key in sorted(names, key=int))
 
 
+def _not_an_object(info: Mapping[str, Any], key: str) -> str:
+    if key not in info:
+        return "is missing"
+    return "is empty" if info[key] == {} else f"holds {kind_of(info[key])}, not an object"
+
+
 def _classes(info: dict[str, Any], sentences: list[str]) -> tuple[str, ...]:
     labels = info.get("labels")
     if not isinstance(labels, dict) or not labels:
-        sentences.append('"labels" is missing; write for instance {"background": 0, "heart": 1}.')
+        sentences.append(
+            f'"labels" {_not_an_object(info, "labels")}; write for instance {{"background": 0, "heart": 1}}.'
+        )
         return ()
     values: dict[int, str] = {}
     for name, value in labels.items():

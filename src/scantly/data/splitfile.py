@@ -83,11 +83,13 @@ def read_split_file(root: Path) -> SplitFile | None:
         return None
     try:
         content = read_json(path)
-        if not isinstance(content, dict):
-            raise DatasetError(f"{path} holds no JSON object; write it as the documentation shows.")
-        return parse(SplitFile, content, where=str(path))
     except ConfigError as error:
         raise DatasetError(str(error)) from error
+    try:
+        return parse(SplitFile, content, where="")
+    except ConfigError as error:
+        faults = (f"{path}: {fault.removeprefix('setting ')}" for fault in str(error).splitlines())
+        raise DatasetError("\n".join(faults)) from error
 
 
 def split_faults(file: SplitFile, path: Path, train: Mapping[str, Case], test: Mapping[str, Case]) -> Iterator[Fault]:
