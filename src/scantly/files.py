@@ -7,6 +7,7 @@ sees either the old file or the new one, never a part.
 from __future__ import annotations
 
 import codecs
+import errno
 import hashlib
 import json
 import os
@@ -24,23 +25,32 @@ __all__ = [
     "atomic_path",
     "digest",
     "kind_of",
+    "longest_name",
+    "name_too_long",
     "parse_yaml",
     "read_json",
     "read_text",
     "read_yaml",
+    "temporary_name",
     "write_json",
     "write_text",
     "write_yaml",
 ]
 
 
+_LONGEST_NAME = 255  # bytes, of almost all file systems
+_HIDDEN = ".tmp-"
+_RANDOM = 9  # what tempfile puts into the middle, and the hyphen
+
+
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Give a temporary path beside ``path`` that replaces it when the block ends without an error.
 
-    The temporary name keeps the suffixes of ``path`` (writers that look at them work), is hidden, and is
-    removed if the block fails. Contents and directory entry are flushed to the disk before and after the
-    replacement, so a power cut leaves one whole version too.
+    The temporary name keeps the suffixes of ``path`` (writers that look at them work) and is no longer than the
+    file system allows where that of ``path`` is not; it is hidden, and removed if the block fails. Contents and
+    directory entry are flushed to the disk before and after the replacement, so a power cut leaves one whole
+    version too.
 
     Args:
         path: Final file. Missing parent folders are made.
@@ -51,7 +61,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=".tmp-", suffix="-" + path.name, dir=path.parent)
+        tail = _tail(path.name, longest_name(path.parent) - len(_HIDDEN) - _RANDOM)
+        handle, name = tempfile.mkstemp(prefix=_HIDDEN, suffix=f"-{tail}", dir=path.parent)
         temporary = Path(name)
         os.close(handle)
         yield temporary
@@ -63,13 +74,45 @@ def atomic_path(path: Path) -> Iterator[Path]:
         _flush_folder(path.parent)
     except OSError as error:
         _remove(temporary)
+        long = error.errno == errno.ENAMETOOLONG
         raise RunError(
-            f"cannot write {path}: {error.strerror or error}; free space or choose another folder. "
+            f"cannot write {path}: {error.strerror or error}; "
+            f"{'choose a shorter name' if long else 'free space or choose another folder'}. "
             "What was there before is unchanged."
         ) from error
     except BaseException:
         _remove(temporary)
         raise
+
+
+def longest_name(folder: Path) -> int:
+    """Bytes that the name of a file in a folder may have, by its file system; the folder need not exist yet."""
+    there = next((place for place in (folder, *folder.absolute().parents) if place.is_dir()), Path())
+    try:
+        return os.pathconf(there, "PC_NAME_MAX")
+    except (AttributeError, OSError, ValueError):  # Windows, and file systems that do not say
+        return _LONGEST_NAME
+
+
+def name_too_long(path: Path) -> str | None:
+    """What is wrong with a file's name if it is longer than its file system allows; None if it is not.
+
+    Letters beyond ASCII take two to four bytes each.
+    """
+    length, longest = len(os.fsencode(path.name)), longest_name(path.parent)
+    return f"{path} would have a name of {length} bytes, {longest} are possible" if length > longest else None
+
+
+def temporary_name(name: str) -> str:
+    """Hidden name for a file on its way to ``name``, no longer than file systems allow."""
+    return _HIDDEN + _tail(name, _LONGEST_NAME - len(_HIDDEN))
+
+
+def _tail(name: str, length: int) -> str:
+    """The end of a name that fits into so many bytes: its suffixes stay."""
+    while len(os.fsencode(name)) > length:
+        name = name[1:]
+    return name
 
 
 def _remove(temporary: Path | None) -> None:

@@ -295,3 +295,10 @@ def test_dicom_without_a_scan_is_refused(tmp_path: Path) -> None:
     dicoms.save(report, tmp_path / "dicom" / "report.dcm")
     with pytest.raises(DatasetError, match="holds DICOM files but no scan"):
         init(tmp_path / "d", tmp_path / "dicom")
+
+
+def test_a_scan_whose_name_leaves_no_room_for_its_channel_is_told(tmp_path: Path) -> None:
+    folders.write_scan(tmp_path / "scans" / f"{'é' * 124}.nii.gz", 1)
+    with pytest.raises(DatasetError, match="would have a name of 260 bytes, 255 are possible; give the scan a shorter"):
+        init(tmp_path / "d", tmp_path / "scans")
+    assert not (tmp_path / "d").exists()

@@ -16,7 +16,7 @@ from scantly import imaging
 from scantly.data.dataset import Dataset
 from scantly.data.matching import find_files, group_channels, is_label_name, match_labels, name_files, visible_files
 from scantly.errors import DatasetError
-from scantly.files import write_json
+from scantly.files import name_too_long, write_json
 from scantly.imaging.dicom import Series, find_cases, is_dicom
 from scantly.imaging.volumes import Source
 
@@ -211,6 +211,9 @@ def _place_scans(folder: Path, cases: Mapping[str, list[Source]], ending: str, l
     for name, paths in cases.items():
         for channel, path in enumerate(paths):
             target = folder / f"{name}_{channel:04d}{ending}"
+            fault = name_too_long(target)
+            if fault is not None:
+                raise DatasetError(f"{path} cannot be placed: {fault}; give the scan a shorter name.")
             if isinstance(path, Series):
                 steps.begin(name)
                 image = imaging.read_image([path])

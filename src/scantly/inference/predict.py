@@ -26,7 +26,13 @@ from scantly.inference.journal import Journal, state_of
 from scantly.inference.memory import available_bytes, megabytes
 from scantly.inference.model import Model, load_model, model_file
 from scantly.inference.original import class_maps, label_on_original_grid
-from scantly.inference.outputs import Prediction, outputs_of, refuse_overwriting, write_prediction
+from scantly.inference.outputs import (
+    Prediction,
+    outputs_of,
+    refuse_long_names,
+    refuse_overwriting,
+    write_prediction,
+)
 from scantly.inference.windows import entropy, predict_array
 from scantly.networks import check_sides
 
@@ -219,6 +225,7 @@ def predict_folder(
                 present += 1
             else:
                 try:
+                    refuse_long_names(case, wanted)
                     prediction = predictor.predict(sources, uncertainty=uncertainty, probabilities=probabilities)
                     by = predictor.model if dicom_seg else None
                     write_prediction(prediction, folder, case, sources[0], dicom_seg_by=by)
