@@ -12,6 +12,7 @@ import hashlib
 import json
 import os
 import tempfile
+import unicodedata
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -27,6 +28,7 @@ __all__ = [
     "kind_of",
     "longest_name",
     "name_too_long",
+    "normal_name",
     "parse_yaml",
     "read_json",
     "read_text",
@@ -83,6 +85,14 @@ def atomic_path(path: Path) -> Iterator[Path]:
     except BaseException:
         _remove(temporary)
         raise
+
+
+def normal_name(name: str) -> str:
+    """A name by which cases, classes and persons are compared: letters with accents as one sign each (Unicode NFC).
+
+    macOS writes file names with letter and accent apart (NFD); what looks alike is then no longer equal.
+    """
+    return unicodedata.normalize("NFC", name)
 
 
 def longest_name(folder: Path) -> int:
