@@ -24,7 +24,7 @@ from typing import Any
 
 from scantly import imaging
 from scantly.errors import ConfigError
-from scantly.files import kind_of, read_json
+from scantly.files import kind_of, normal_name, read_json
 
 __all__ = ["Case", "Description", "Fault", "Scan", "describe", "files_of", "scan", "visible"]
 
@@ -171,7 +171,7 @@ def _classes(info: dict[str, Any], sentences: list[str]) -> tuple[str, ...]:
         if number is None or number in values or name == "ignore":
             sentences.append(_label_sentence(str(name), value, values))
             return ()
-        values[number] = str(name)
+        values[number] = normal_name(str(name))
     if sorted(values) != list(range(len(values))) or len(values) < 2:
         sentences.append(
             f'"labels" has the values {", ".join(map(str, sorted(values)))}; they must run from 0 '
@@ -247,11 +247,16 @@ def _scan_part(images: Path, labels: Path, ending: str, channels: int | None, fa
         if match is None or path.is_dir():
             faults.append(_stray(path, f"<case>_0000{ending}"))
             continue
-        files.setdefault(match["case"], {})[int(match["channel"])] = path
+        channel_files = files.setdefault(normal_name(match["case"]), {})
+        twin = channel_files.setdefault(int(match["channel"]), path)
+        if twin != path:
+            faults.append(_alike(path, twin))
     found: dict[str, Path] = {}
     for path in visible(labels):
         if path.name.endswith(ending) and path.name != ending and not path.is_dir():
-            found[path.name.removesuffix(ending)] = path
+            twin = found.setdefault(normal_name(path.name.removesuffix(ending)), path)
+            if twin != path:
+                faults.append(_alike(path, twin))
         else:
             faults.append(_stray(path, f"<case>{ending}"))
     for name in sorted(found.keys() - files.keys()):
@@ -270,6 +275,14 @@ def _scan_part(images: Path, labels: Path, ending: str, channels: int | None, fa
 def files_of(channels: int, path: Path) -> int:
     """Fewest files that a case of so many channels may have: color pictures hold three in one."""
     return 1 if channels == 3 and path.suffix.lower() in (".png", ".tif", ".tiff") else channels
+
+
+def _alike(path: Path, twin: Path) -> Fault:
+    message = (
+        f"{path} and {twin} have the same name, with letters and accents stored in two ways (Unicode NFC and NFD); "
+        "remove or rename one."
+    )
+    return Fault("name_twice", str(path), message)
 
 
 def _stray(path: Path, pattern: str) -> Fault:

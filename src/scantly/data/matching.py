@@ -9,6 +9,7 @@ from pathlib import Path
 
 from scantly import imaging
 from scantly.errors import DatasetError
+from scantly.files import normal_name
 from scantly.imaging.dicom_files import files_below
 
 __all__ = ["find_files", "group_channels", "is_label_name", "match_labels", "name_files", "visible_files"]
@@ -67,7 +68,7 @@ def name_files(files: Sequence[Path]) -> dict[str, Path]:
     """
     by_name = _unique(files, imaging.stem)
     if by_name is None:
-        by_name = _unique(files, lambda path: path.parent.name)
+        by_name = _unique(files, lambda path: normal_name(path.parent.name))
     if by_name is None:
         twice = Counter(map(imaging.stem, files)).most_common(1)[0][0]
         first, second = [path for path in files if imaging.stem(path) == twice][:2]

@@ -21,7 +21,7 @@ from scantly.evaluation.metrics import (
     Convention,
     Row,
 )
-from scantly.files import atomic_path, read_text
+from scantly.files import atomic_path, normal_name, read_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -153,6 +153,8 @@ def load_table(path: Path) -> pd.DataFrame:
     missing = [name for name in (*_TEXT_COLUMNS, *DEFINITIONS) if name not in table.columns]
     if missing:
         raise RunError(f"{path} lacks the columns {', '.join(missing)}; evaluate again.")
+    for name in ("case", "class"):  # tables of several runs are compared by them
+        table[name] = [normal_name(value) for value in table[name]]
     for name in DEFINITIONS:
         try:
             table[name] = [float(value) if value else np.nan for value in table[name]]

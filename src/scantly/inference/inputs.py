@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from scantly.errors import ImageError
+from scantly.files import normal_name
 from scantly.imaging import ENDINGS, file_ending, stem
 from scantly.imaging.dicom import Series, find_cases, is_dicom, series_of_file
 from scantly.imaging.dicom_files import files_below
@@ -69,7 +70,7 @@ def find_inputs(
         elif not item.is_file():
             raise ImageError(f"{item} does not exist.")
         elif file_ending(item) is None and is_dicom(item):
-            found.append((item.stem, series_of_file(item)))
+            found.append((normal_name(item.stem), series_of_file(item)))
         else:
             files.append(item)
     return _together(_by_channel(files, channels), found, channels)

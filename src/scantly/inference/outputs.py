@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from scantly.errors import ImageError
-from scantly.files import atomic_path, name_too_long
+from scantly.files import atomic_path, name_too_long, normal_name
 from scantly.imaging import Geometry, file_ending, nifti, write_label, write_scalar
 from scantly.imaging.dicom import Series
 from scantly.imaging.dicom_seg import write_segmentation
@@ -152,12 +152,12 @@ def refuse_overwriting(
     Raises:
         ImageError: naming the scan that a prediction would overwrite, or the scans with one name for two outputs.
     """
-    inputs = {file.resolve() for files in cases.values() for file in files}
+    inputs = {_place(file) for files in cases.values() for file in files}
     written: dict[Path, Source] = {}
     for case, files in cases.items():
         paths = outputs_of(folder, case, files[0])
         for path in paths.asked(uncertainty=True, probabilities=True, dicom_seg=True):
-            if path.resolve() in inputs:
+            if _place(path) in inputs:
                 raise ImageError(f"{path} is a scan and would be overwritten by a prediction; choose another --out.")
         for path in paths.asked(uncertainty=uncertainty, probabilities=probabilities, dicom_seg=dicom_seg):
             if path in written:
@@ -166,3 +166,8 @@ def refuse_overwriting(
                     "into two folders."
                 )
             written[path] = files[0]
+
+
+def _place(file: Source) -> str:
+    """Where a file lies; names that differ in the coding of accents alone are one file on some systems."""
+    return normal_name(str(file.resolve()))

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = ["evaluate_folders", "evaluate_run"]
 
+_COMPANIONS = ("_uncertainty", "_probabilities")
+
 
 def evaluate_run(
     run: Run,
@@ -164,14 +166,15 @@ def _pairs(predictions: Path, labels: Path) -> dict[str, tuple[Path, Path]]:
     for folder in (predictions, labels):
         if not folder.is_dir():
             raise ImageError(f"{folder} is not a folder.")
-        found[str(folder)] = {
-            stem(file): file
-            for file in sorted(folder.iterdir())
-            if file_ending(file)
-            and not file.name.startswith(".")
-            and not stem(file).endswith(("_uncertainty", "_probabilities"))
-        }
-        if not found[str(folder)]:
+        by_name: dict[str, Path] = {}
+        for file in sorted(folder.iterdir()):
+            if not file_ending(file) or file.name.startswith(".") or stem(file).endswith(_COMPANIONS):
+                continue
+            if stem(file) in by_name:
+                raise ImageError(f"{file} and {by_name[stem(file)]} are both label maps of '{stem(file)}'; remove one.")
+            by_name[stem(file)] = file
+        found[str(folder)] = by_name
+        if not by_name:
             raise ImageError(f"{folder} holds no label maps; give the folder that holds them.")
     predicted, references = found[str(predictions)], found[str(labels)]
     missing = sorted(set(predicted) - set(references))
