@@ -1,4 +1,5 @@
 import errno
+import os
 import subprocess
 import sys
 
@@ -8,9 +9,11 @@ from scantly.errors import ConfigError, RunError
 from scantly.files import (
     atomic_path,
     digest,
+    name_too_long,
     read_json,
     read_yaml,
     sole_writer,
+    temporary_name,
     write_json,
     write_text,
     write_yaml,
@@ -154,3 +157,27 @@ def test_every_name_that_the_file_system_takes_can_be_written(tmp_path, letter):
     assert [path.name for path in tmp_path.iterdir()] == [name]
     with pytest.raises(RunError, match="File name too long"):
         write_text(tmp_path / ("a" + name), "1")
+
+
+LONG = ["a" * 244, "a" * 248 + ".nii.gz", "é" * 124 + ".nii.gz", "界" * 82 + ".nii.gz", "a" * 255]
+
+
+@pytest.mark.parametrize("name", LONG, ids=lambda name: f"{name[0]}-{len(os.fsencode(name))}")
+def test_every_name_that_the_file_system_takes_is_written(tmp_path, name):
+    path = tmp_path / name
+    with atomic_path(path) as temporary:
+        assert len(os.fsencode(temporary.name)) <= 255
+        assert temporary.suffixes == path.suffixes and temporary.name.startswith(".tmp-")
+        temporary.write_text("whole")
+    assert [(item.name, item.read_text()) for item in tmp_path.iterdir()] == [(name, "whole")]
+    assert name_too_long(path) is None
+    assert len(os.fsencode(temporary_name(name))) <= 255
+
+
+def test_a_name_too_long_is_told_with_its_cure(tmp_path):
+    path = tmp_path / ("ä" * 128)
+    with pytest.raises(RunError, match=r"File name too long; choose a shorter name\. What was there before is unch"):
+        write_text(path, "1")
+    assert name_too_long(path) == f"{path} would have a name of 256 bytes, 255 are possible"
+    assert name_too_long(tmp_path / "not" / "there" / ("ä" * 128))
+    assert list(tmp_path.iterdir()) == []

@@ -24,6 +24,17 @@ class Settings(BaseModel):
 
 S = TypeVar("S", bound=Settings)
 
+_LIST = 'write a list, for instance ["a", "b"]'
+_OBJECT = "write an object, that is settings with names"
+#: pydantic's types of faults -> what to do, in the words of JSON and YAML.
+_WORDS = {
+    "dict_type": _OBJECT,
+    "list_type": _LIST,
+    "model_type": _OBJECT,
+    "string_type": "write text, in quotation marks",
+    "tuple_type": _LIST,
+}
+
 
 def parse(model: type[S], values: Mapping[str, Any], *, where: str) -> S:
     """Build settings from plain data.
@@ -56,6 +67,8 @@ def _sentence(model: type[Settings], fault: Any, where: str) -> str:
     message = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "missing":
         return f"setting '{key}' is missing; give it a value."
+    if fault["type"] in _WORDS:
+        return f"setting '{key}' is {fault['input']!r}: {_WORDS[fault['type']]}."
     return f"setting '{key}' is {fault['input']!r}: {message[0].lower()}{message[1:]}."
 
 

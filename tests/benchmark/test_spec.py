@@ -157,7 +157,8 @@ def test_all_faults_are_told_at_once(faults) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"), [("datasets: [", "is not valid YAML"), ("- a list", "holds list"), ("", "holds NoneType")]
+    ("text", "said"),
+    [("datasets: [", "is not valid YAML"), ("- a list", "holds a list, not settings"), ("", "is empty")],
 )
 def test_a_file_that_is_no_benchmark(tmp_path: Path, text: str, said: str) -> None:
     path = tmp_path / "spec.yaml"

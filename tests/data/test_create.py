@@ -362,9 +362,9 @@ def test_a_name_too_long_for_the_dataset_leaves_its_case_out(bare: Path) -> None
     left_out: dict[str, Exception] = {}
     dataset = init(bare / "heart", bare / "scans", bare / "drawn", left_out=left_out)
     assert list(left_out) == [name]
-    assert "has 259 bytes" in str(left_out[name])
+    assert "a name of 259 bytes" in str(left_out[name])
     assert list(dataset.train) == ["Anna", "Bert", "Carl"]
-    with pytest.raises(DatasetError, match="has 259 bytes"):
+    with pytest.raises(DatasetError, match="a name of 259 bytes"):
         init(bare / "again", bare / "scans", bare / "drawn")
     assert not (bare / "again").exists()
 
@@ -427,3 +427,10 @@ def test_a_second_init_into_one_folder_is_refused_and_leftovers_of_a_kill_are_cl
     init(bare / "heart", bare / "scans", bare / "drawn", progress=again)
     assert leftovers
     assert sorted(path.name for path in bare.iterdir()) == ["drawn", "heart", "scans"]
+
+
+def test_a_scan_whose_name_leaves_no_room_for_its_channel_is_told(tmp_path: Path) -> None:
+    folders.write_scan(tmp_path / "scans" / f"{'é' * 124}.nii.gz", 1)
+    with pytest.raises(DatasetError, match="would have a name of 260 bytes, 255 are possible; give the scan a shorter"):
+        init(tmp_path / "d", tmp_path / "scans")
+    assert not (tmp_path / "d").exists()

@@ -73,7 +73,7 @@ def test_a_color_picture_holds_three_channels_in_one_file(tmp_path: Path) -> Non
         ({"labels": {"0": "background", "1": "a"}}, "the other way round: write name: value"),
         ({"labels": {"background": 0, "a": True}}, "which is no whole number"),
         ({"file_ending": ".mha"}, r'"file_ending" is .\.mha.*use one of \.nii\.gz'),
-        ({"file_ending": None}, '"file_ending" is None'),
+        ({"file_ending": None}, '"file_ending" is missing'),
     ],
 )
 def test_faults_of_the_description(tmp_path: Path, change: dict[str, Any], words: str) -> None:
@@ -95,7 +95,7 @@ def test_folders_that_are_no_dataset(tmp_path: Path) -> None:
     folders.describe(tmp_path)
     with pytest.raises(DatasetError, match=r"holds no scans named <case>_0000\.nii\.gz"):
         Dataset.open(tmp_path)
-    for content, words in (("{", "not valid JSON"), ("[]", "no JSON object")):
+    for content, words in (("{", "not valid JSON"), ("[]", "holds a list, not an object")):
         (tmp_path / "dataset.json").write_text(content)
         with pytest.raises(DatasetError, match=words):
             Dataset.open(tmp_path)

@@ -164,8 +164,8 @@ def test_groups_alone_keep_subjects_together_in_a_drawn_split(tmp_path: Path) ->
             {"dev_split": {"train": ["p9_ed"], "val": ["p9_es"]}},
             r'"dev_split.train" and "dev_split.val" share',
         ),
-        ({"train": "p9_ed"}, r"splits\.json\.train' is 'p9_ed'"),
-        ({"labeled": [3]}, r"splits\.json\.labeled' is \[3\]"),
+        ({"train": "p9_ed"}, r"splits\.json: 'train' is 'p9_ed'"),
+        ({"labeled": [3]}, r"splits\.json: 'labeled' is \[3\]"),
     ],
 )
 def test_wrong_lists_are_refused_by_name(cardiac: Dataset, tmp_path: Path, change: dict[str, Any], words: str) -> None:

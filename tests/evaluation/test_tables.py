@@ -129,7 +129,7 @@ def test_tables_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="does not exist"):
         load_table(tmp_path / "none.csv")
     (tmp_path / "empty.csv").write_text("")
-    with pytest.raises(RunError, match=r"empty\.csv is not a table of metrics"):
+    with pytest.raises(RunError, match=r"empty\.csv is empty; evaluate again"):
         load_table(tmp_path / "empty.csv")
     (tmp_path / "ragged.csv").write_text("case,class\na,b\nc,d,e\n")
     with pytest.raises(RunError, match=r"ragged\.csv is not a table of metrics"):

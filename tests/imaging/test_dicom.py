@@ -283,10 +283,10 @@ def test_what_is_no_scan_is_passed_over_and_told(tmp_path: Path, caplog: pytest.
         array, _ = read(tmp_path)
     assert np.array_equal(array, volume.stored)
     kinds = (
-        "1 RT structure set (rt), 1 localizer (scout/IM0000), 2 not DICOM (LICENSE, notes.txt), 1 presentation state "
-        "(pr), 1 raw data, registration or segmentation (seg), 1 report (sr)."
+        "1 DICOMDIR (DICOMDIR), 1 RT structure set (rt), 1 localizer (scout/IM0000), 2 not DICOM (LICENSE, notes.txt), "
+        "1 presentation state (pr), 1 raw data, registration or segmentation (seg), 1 report (sr)"
     )
-    assert f"passed over what is no DICOM scan: {kinds}" in caplog.text
+    assert f"passed over what is no DICOM scan: {kinds}." in caplog.text
     assert "Secret" not in caplog.text
 
 
@@ -560,14 +560,6 @@ def test_missing_frames_and_frames_without_positions_are_refused(tmp_path: Path)
     del dataset.PerFrameFunctionalGroupsSequence
     dicoms.save(dataset, tmp_path / "b" / "all.dcm")
     assert "holds 4 frames in one file without a position for each (0 given)" in refusal(tmp_path / "b")
-
-
-def test_multi_frame_files_without_pydicom_say_what_to_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import sys
-
-    dicoms.write_enhanced(tmp_path / "all.dcm", dicoms.stack())
-    monkeypatch.setitem(sys.modules, "pydicom", None)
-    assert "pip install 'scantly[dicom-seg]'" in refusal(tmp_path)
 
 
 def test_image_functions_take_a_series_in_place_of_a_file(tmp_path: Path) -> None:

@@ -173,3 +173,52 @@ def test_a_source_with_gaps_in_its_headers_is_refused_in_a_sentence(tmp_path: Pa
     with pytest.raises(ImageError, match="has no ImagePositionPatient"):
         write_segmentation(tmp_path / "s.dcm", labels()[:1], series_in(tmp_path / "flat"), CLASSES, model_name="m")
     assert not (tmp_path / "s.dcm").exists()
+
+
+TYPE_2 = {
+    "AccessionNumber": "",
+    "PatientBirthDate": "",
+    "PatientID": "",
+    "PatientName": "",
+    "PatientSex": "",
+    "PositionReferenceIndicator": "",
+    "ReferringPhysicianName": "",
+    "StudyDate": "",
+    "StudyID": "",
+    "StudyTime": "",
+}
+
+
+@pytest.mark.parametrize("keywords", [*([keyword] for keyword in TYPE_2), list(TYPE_2)], ids=lambda names: names[0])
+def test_what_the_source_may_leave_empty_is_written_empty(tmp_path: Path, keywords: list[str]) -> None:
+    def without(dataset: pydicom.Dataset, index: int) -> None:
+        for keyword in keywords:
+            delattr(dataset, keyword)
+
+    dicoms.write(tmp_path / "series", edit=without)
+    write_segmentation(tmp_path / "s.dcm", labels(), series_in(tmp_path / "series"), CLASSES, model_name="m")
+    written = pydicom.dcmread(tmp_path / "s.dcm")
+    for keyword in keywords:
+        assert keyword in written
+        assert not written[keyword].value
+
+
+def test_a_source_without_slice_thickness_gets_the_distance_of_its_slices(tmp_path: Path) -> None:
+    for name, thickness in (("missing", ...), ("empty", None)):
+
+        def thin(dataset: pydicom.Dataset, index: int, thickness: object = thickness) -> None:
+            del dataset.SliceThickness
+            if thickness is None:
+                dataset.SliceThickness = None
+
+        dicoms.write(tmp_path / name, edit=thin)
+        path = tmp_path / f"{name}.dcm"
+        write_segmentation(path, labels(), series_in(tmp_path / name), CLASSES, model_name="m")
+        measures = pydicom.dcmread(path).SharedFunctionalGroupsSequence[0].PixelMeasuresSequence[0]
+        assert float(measures.SliceThickness) == pytest.approx(dicoms.SPACING[0])
+
+
+def test_a_sex_that_the_standard_does_not_know_is_left_empty(tmp_path: Path) -> None:
+    dicoms.write(tmp_path / "series", edit=lambda dataset, index: setattr(dataset, "PatientSex", "W"))
+    write_segmentation(tmp_path / "s.dcm", labels(), series_in(tmp_path / "series"), CLASSES, model_name="m")
+    assert not pydicom.dcmread(tmp_path / "s.dcm").PatientSex

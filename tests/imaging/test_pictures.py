@@ -9,10 +9,10 @@ import numpy as np
 import PIL.Image
 import PIL.ImageOps
 import pytest
-from tiff_files import COMPRESSIONS, stored_for, write_tiff
 
 from scantly import imaging
 from scantly.errors import ImageError
+from tiff_files import COMPRESSIONS, stored_for, write_tiff
 
 RNG = np.random.default_rng(0)
 HEIGHT, WIDTH = 5, 7

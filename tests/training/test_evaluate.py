@@ -82,7 +82,7 @@ def test_predictions_without_reference_are_all_named(tmp_path):
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("a.nii", r"a\.nii.* and .*a\.nii.* are both 'a'; keep one"),
+        ("a.nii", r"a\.nii.* and .*a\.nii.* are both label maps of 'a'; remove one"),
         ("b.mha", r"holds 1 file of a type that is not read: b\.mha"),
         ("z.dcm", r"holds 1 file of a type that is not read: z\.dcm"),
         ("more/b.nii.gz", r"files in subfolders, which are not searched: more/b\.nii\.gz"),

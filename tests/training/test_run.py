@@ -4,6 +4,7 @@ from filelock import FileLock
 
 from scantly.errors import RunError
 from scantly.settings import merge
+from scantly.training.checkpoint import load_checkpoint
 from scantly.training.logs import RunLog
 from scantly.training.resolve import resolve
 from scantly.training.run import Run
@@ -219,3 +220,24 @@ def test_the_log_is_cut_back_to_the_checkpoint_and_a_torn_last_line_dropped(tmp_
         "1,train,loss/a,0.5",
         "2,train,loss/a,0.5",
     ]
+
+
+@pytest.mark.parametrize(("every", "kept"), [(1, True), (12, False)])
+def test_a_checkpoint_is_spoken_of_only_where_there_is_one(config, tmp_path, monkeypatch, every, kept):
+    training = config.training.model_copy(update={"checkpoint_every": every})
+    steps = []
+
+    def losses(self, batch, progress):
+        steps.append(progress.iteration)
+        return {"supervised": self.predictor(batch.labeled).sum() * (float("nan") if len(steps) == 3 else 0.0)}
+
+    monkeypatch.setattr("scantly.methods.supervised.Supervised.losses", losses)
+    with pytest.raises(RunError, match=r"loss/supervised is nan at iteration 3; lower training\.lr") as caught:
+        train_config(config.model_copy(update={"training": training}), tmp_path / "run", quiet=True)
+    assert (tmp_path / "run" / "checkpoints" / "last.ckpt").is_file() == kept
+    assert ("The last checkpoint is kept." in str(caught.value)) == kept
+
+
+def test_a_checkpoint_that_is_gone_is_called_missing(tmp_path):
+    with pytest.raises(RunError, match=r"best\.ckpt is missing; restore it, or train the run again with another --out"):
+        load_checkpoint(tmp_path / "best.ckpt")

@@ -191,7 +191,7 @@ class Grid:
                     if outcome.kind == "disk":
                         raise RunError(
                             f"the disk is full: {outcome.reason.rstrip('.')}. When there is space, the same command "
-                            "goes on from the last checkpoints."
+                            "goes on from what was saved."
                         )
                     if left:
                         self._require_space()

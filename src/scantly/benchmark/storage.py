@@ -24,7 +24,7 @@ from fsspec.spec import AbstractFileSystem
 
 from scantly.data.build import cache_root
 from scantly.errors import RunError, ScantlyError
-from scantly.files import digest
+from scantly.files import digest, temporary_name
 
 __all__ = ["Remote", "is_address", "scratch_folder"]
 
@@ -94,7 +94,7 @@ class Remote:
                     continue
                 target = folder / name
                 target.parent.mkdir(parents=True, exist_ok=True)
-                partial = target.with_name(f".tmp-{target.name}")
+                partial = target.with_name(temporary_name(target.name))
                 self._files.get_file(place, str(partial))
                 partial.replace(target)
                 self._sent[name] = _stamp(target)
@@ -154,7 +154,7 @@ class Remote:
 
     def _put(self, source: Path, place: str) -> None:
         parent, _, name = place.rpartition("/")
-        partial = f"{parent}/.tmp-{name}"
+        partial = f"{parent}/{temporary_name(name)}"
         self._files.makedirs(parent, exist_ok=True)
         self._files.put_file(str(source), partial)
         if type(self._files).mv is not AbstractFileSystem.mv:

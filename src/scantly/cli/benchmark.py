@@ -110,7 +110,7 @@ def _told_if_stopped(grid: Grid) -> Iterator[None]:
         done = sum(outcome is not None and outcome.state == "done" for outcome in outcomes)
         raise RunError(
             f"stopped with {done} of {len(grid.cells)} cells done; the same command goes on, inside a cell from its "
-            "last checkpoint."
+            "last checkpoint if it has one."
         ) from None
     finally:
         if here:

@@ -283,10 +283,9 @@ def _whole(path: Path, sources: list[list[Any]]) -> dict[str, Any] | None:
 
 def _read_or_none(path: Path) -> dict[str, Any] | None:
     try:
-        value = read_json(path)
+        return read_json(path)
     except ConfigError:
         return None
-    return value if isinstance(value, dict) else None
 
 
 def _write_sidecar(path: Path, values: dict[str, Any]) -> None:

@@ -17,7 +17,7 @@ from scantly import imaging
 from scantly.data.dataset import Dataset
 from scantly.data.gather import Gathered, common_ending, gather
 from scantly.errors import DatasetError, ImageError, ScantlyError, together
-from scantly.files import digest, holding, write_json
+from scantly.files import digest, holding, name_too_long, write_json
 from scantly.imaging.dicom import Series
 from scantly.imaging.volumes import Source
 
@@ -26,7 +26,6 @@ __all__ = ["init"]
 log = logging.getLogger("scantly")
 
 _MOST_VALUES = 256
-_LONGEST_NAME = 255  # bytes, on all usual file systems
 
 
 def init(
@@ -126,7 +125,7 @@ def _build(
     With ``strict`` nothing is converted if there is such a case already.
     """
     ending = common_ending(found.scans.values())
-    _leave_out_long_names(found, ending)
+    _leave_out_long_names(found, root, ending)
     series = sum(isinstance(paths[0], Series) for paths in found.scans.values())
     steps = _Steps(progress, len(found.labels) + series)
     values = _label_values(found, steps)
@@ -147,16 +146,12 @@ def _build(
     write_json(folder / "dataset.json", _description(root, len(found.scans), channels, values, ending))
 
 
-def _leave_out_long_names(found: Gathered, ending: str) -> None:
+def _leave_out_long_names(found: Gathered, root: Path, ending: str) -> None:
     for name in list(found.scans):
-        target = f"{name}_0000{ending}"
-        size = len(os.fsencode(target))
-        if size > _LONGEST_NAME:
+        fault = name_too_long(root / "imagesTr" / f"{name}_0000{ending}")
+        if fault is not None:
             source = found.scans[name][0]
-            sentence = (
-                f"{source}: its name in the dataset would be {target}, which has {size} bytes; shorten it to 255."
-            )
-            found.leave_out(name, DatasetError(sentence))
+            found.leave_out(name, DatasetError(f"{source} cannot be placed: {fault}; give the scan a shorter name."))
 
 
 class _Steps:

@@ -13,6 +13,7 @@ import numpy as np
 from scantly import imaging
 from scantly.data.layout import Case, describe, scan
 from scantly.errors import DatasetError
+from scantly.files import normal_name
 
 __all__ = ["Case", "Dataset", "channel_sentence", "geometry_sentence", "label_fault"]
 
@@ -74,6 +75,7 @@ class Dataset:
         Raises:
             DatasetError: if there is none, with the nearest name.
         """
+        name = normal_name(name)
         case = self.train.get(name) or self.test.get(name)
         if case is None:
             known = [*self.train, *self.test]

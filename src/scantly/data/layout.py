@@ -17,6 +17,7 @@ companion (:mod:`scantly.data.unread`). Here the folder is read as far as it goe
 from __future__ import annotations
 
 import itertools
+import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -26,7 +27,7 @@ from typing import Any
 from scantly import imaging
 from scantly.data.unread import is_companion, several
 from scantly.errors import ConfigError
-from scantly.files import read_json
+from scantly.files import kind_of, normal_name, read_json
 
 __all__ = ["Case", "Description", "Fault", "Scan", "describe", "files_of", "scan", "visible"]
 
@@ -110,8 +111,6 @@ def describe(root: Path) -> tuple[Description | None, list[Fault]]:
         info = read_json(path)
     except ConfigError as error:
         return None, [Fault("description", str(path), str(error))]
-    if not isinstance(info, dict):
-        return None, [Fault("description", str(path), f"{path} holds no JSON object; write it as nnU-Net does.")]
     return _interpret(info, path)
 
 
@@ -120,9 +119,14 @@ def _interpret(info: dict[str, Any], path: Path) -> tuple[Description | None, li
     channels = _channels(info, sentences)
     classes = _classes(info, sentences)
     ending = info.get("file_ending")
-    if ending not in imaging.ENDINGS:
+    if "file_ending" not in info:
         sentences.append(
-            f'"file_ending" is {ending!r}, which cannot be read; use one of {", ".join(imaging.ENDINGS)}, '
+            f'"file_ending" is missing; write for instance "file_ending": ".nii.gz" (it may be '
+            f"{', '.join(imaging.ENDINGS)})."
+        )
+    elif ending not in imaging.ENDINGS:
+        sentences.append(
+            f'"file_ending" is {json.dumps(ending)}, which cannot be read; use one of {", ".join(imaging.ENDINGS)}, '
             "converting the files if need be."
         )
     if sentences:
@@ -140,8 +144,10 @@ def _interpret(info: dict[str, Any], path: Path) -> tuple[Description | None, li
 def _channels(info: dict[str, Any], sentences: list[str]) -> tuple[str, ...]:
     names = info.get("channel_names")
     if not isinstance(names, dict) or not names:
-        old = ' (nnU-Net version 1 calls it "modality": rename it)' if "modality" in info else ""
-        sentences.append(f'"channel_names" is missing{old}; write for instance {{"0": "MR"}}.')
+        old = ' (nnU-Net version 1 calls it "modality": rename it)' if names is None and "modality" in info else ""
+        sentences.append(
+            f'"channel_names" {_not_an_object(info, "channel_names")}{old}; write for instance {{"0": "MR"}}.'
+        )
         return ()
     if sorted(map(str, names)) != sorted(map(str, range(len(names)))):
         sentences.append(
@@ -151,10 +157,18 @@ def _channels(info: dict[str, Any], sentences: list[str]) -> tuple[str, ...]:
     return tuple(str(names[key]) for key in sorted(names, key=int))
 
 
+def _not_an_object(info: Mapping[str, Any], key: str) -> str:
+    if key not in info:
+        return "is missing"
+    return "is empty" if info[key] == {} else f"holds {kind_of(info[key])}, not an object"
+
+
 def _classes(info: dict[str, Any], sentences: list[str]) -> tuple[str, ...]:
     labels = info.get("labels")
     if not isinstance(labels, dict) or not labels:
-        sentences.append('"labels" is missing; write for instance {"background": 0, "heart": 1}.')
+        sentences.append(
+            f'"labels" {_not_an_object(info, "labels")}; write for instance {{"background": 0, "heart": 1}}.'
+        )
         return ()
     values: dict[int, str] = {}
     for name, value in labels.items():
@@ -162,7 +176,7 @@ def _classes(info: dict[str, Any], sentences: list[str]) -> tuple[str, ...]:
         if number is None or number in values or name == "ignore":
             sentences.append(_label_sentence(str(name), value, values))
             return ()
-        values[number] = str(name)
+        values[number] = normal_name(str(name))
     if sorted(values) != list(range(len(values))) or len(values) < 2:
         sentences.append(
             f'"labels" has the values {", ".join(map(str, sorted(values)))}; they must run from 0 '
@@ -257,7 +271,7 @@ def _scan_part(images: Path, labels: Path, ending: str, channels: int | None, fa
         if match is None:
             faults.append(_stray(path, f"<case>_0000{ending}", "scan", _numbered(path, ending)))
             continue
-        by_channel, channel = files.setdefault(match["case"], {}), int(match["channel"])
+        by_channel, channel = files.setdefault(normal_name(match["case"]), {}), int(match["channel"])
         if channel in by_channel:
             faults.append(_twice(path, by_channel[channel]))
         by_channel[channel] = path
@@ -267,6 +281,7 @@ def _scan_part(images: Path, labels: Path, ending: str, channels: int | None, fa
         if name is None:
             faults.append(_stray(path, f"<case>{ending}", "label", ""))
             continue
+        name = normal_name(name)
         if name in found:
             faults.append(_twice(path, found[name]))
         found[name] = path
@@ -328,6 +343,12 @@ def _below(folder: Path) -> list[Path]:
 
 
 def _twice(path: Path, earlier: Path) -> Fault:
+    if normal_name(path.name) == normal_name(earlier.name):
+        message = (
+            f"{path} and {earlier} have the same name, with letters and accents stored in two ways (Unicode NFC and "
+            "NFD); remove or rename one."
+        )
+        return Fault("name_twice", str(path), message)
     return Fault("file_twice", str(path), f"{path} and {earlier.name} are one file of one case; keep one of them.")
 
 

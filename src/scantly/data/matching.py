@@ -11,7 +11,9 @@ from typing import NoReturn
 from scantly import imaging
 from scantly.data.unread import not_readable, several
 from scantly.errors import DatasetError, together
-from scantly.imaging.dicom_files import files_below, is_dicom
+from scantly.files import normal_name
+from scantly.imaging.dicom_files import files_below
+from scantly.imaging.dicom_marks import is_dicom
 
 __all__ = [
     "MOST_CHANNELS",
@@ -103,7 +105,7 @@ def name_files(files: Sequence[Path]) -> dict[str, Path]:
     """
     by_name = _unique(files, imaging.stem)
     if by_name is None and not _nested({path.parent for path in files}):
-        by_name = _unique(files, lambda path: path.parent.name)
+        by_name = _unique(files, lambda path: normal_name(path.parent.name))
     if by_name is None:
         twice = Counter(map(imaging.stem, files)).most_common(1)[0][0]
         first, second = [path for path in files if imaging.stem(path) == twice][:2]

@@ -15,12 +15,13 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Annotated
 
-from pydantic import ConfigDict, Field
+from pydantic import AfterValidator, ConfigDict, Field
 
 from scantly.data.layout import Case, Fault
 from scantly.errors import ConfigError, DatasetError
-from scantly.files import read_json
+from scantly.files import normal_name, read_json
 from scantly.settings import Settings, parse
 
 __all__ = [
@@ -44,13 +45,17 @@ _SIDES = (
 )
 
 
+Name = Annotated[str, AfterValidator(normal_name)]
+"""Of a case or subject, compared with those of files and with each other."""
+
+
 class Parts(Settings):
     """A pair of training and validation lists."""
 
     model_config = ConfigDict(extra="ignore")
 
-    train: tuple[str, ...] = Field(default=(), description="Training cases in the official order.")
-    val: tuple[str, ...] = Field(default=(), description="Validation cases.")
+    train: tuple[Name, ...] = Field(default=(), description="Training cases in the official order.")
+    val: tuple[Name, ...] = Field(default=(), description="Validation cases.")
 
 
 class SplitFile(Settings):
@@ -59,14 +64,14 @@ class SplitFile(Settings):
     model_config = ConfigDict(extra="ignore")
 
     unit: str = Field(default="subject", description="What is counted, in words: patient, scan, image.")
-    train: tuple[str, ...] | None = Field(default=None, description="Training cases in the official order.")
-    val: tuple[str, ...] | None = Field(default=None, description="Validation cases.")
-    test: tuple[str, ...] | None = Field(default=None, description="Test cases.")
+    train: tuple[Name, ...] | None = Field(default=None, description="Training cases in the official order.")
+    val: tuple[Name, ...] | None = Field(default=None, description="Validation cases.")
+    test: tuple[Name, ...] | None = Field(default=None, description="Test cases.")
     dev_split: Parts | None = Field(default=None, description="Lists that the clean protocol uses instead.")
-    labeled: dict[str, tuple[str, ...]] = Field(
+    labeled: dict[str, tuple[Name, ...]] = Field(
         default_factory=dict, description="Number of labeled units -> their cases."
     )
-    groups: dict[str, str] = Field(default_factory=dict, description="Case -> subject.")
+    groups: dict[Name, Name] = Field(default_factory=dict, description="Case -> subject.")
 
     def subject(self, case: str) -> str:
         """The subject a case belongs to: its group, else itself."""
@@ -84,11 +89,13 @@ def read_split_file(root: Path) -> SplitFile | None:
         return None
     try:
         content = read_json(path)
-        if not isinstance(content, dict):
-            raise DatasetError(f"{path} holds no JSON object; write it as the documentation shows.")
-        return parse(SplitFile, content, where=str(path))
     except ConfigError as error:
         raise DatasetError(str(error)) from error
+    try:
+        return parse(SplitFile, content, where="")
+    except ConfigError as error:
+        faults = (f"{path}: {fault.removeprefix('setting ')}" for fault in str(error).splitlines())
+        raise DatasetError("\n".join(faults)) from error
 
 
 def split_faults(file: SplitFile, path: Path, train: Mapping[str, Case], test: Mapping[str, Case]) -> Iterator[Fault]:

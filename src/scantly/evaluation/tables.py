@@ -6,6 +6,7 @@ deviations are those of a sample (``n - 1``), and null where there is one value 
 
 from __future__ import annotations
 
+import io
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -20,7 +21,7 @@ from scantly.evaluation.metrics import (
     Convention,
     Row,
 )
-from scantly.files import atomic_path
+from scantly.files import atomic_path, normal_name, read_text
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -136,15 +137,25 @@ def load_table(path: Path) -> pd.DataFrame:
     """
     import pandas as pd
 
+    if not path.exists():
+        raise RunError(f"{path} does not exist; run `scantly evaluate` first.")
     try:
-        table = pd.read_csv(path, dtype=str, keep_default_na=False)  # cases and classes may be named "NA"
-    except FileNotFoundError:
-        raise RunError(f"{path} does not exist; run `scantly evaluate` first.") from None
-    except (pd.errors.ParserError, pd.errors.EmptyDataError, UnicodeDecodeError) as error:
-        raise RunError(f"{path} is not a table of metrics ({error}); evaluate again.") from error
+        text = read_text(path)
+        table = pd.read_csv(io.StringIO(text), dtype=str, keep_default_na=False)  # cases may be named "NA"
+    except ConfigError as error:
+        raise RunError(str(error)) from error
+    except pd.errors.EmptyDataError:
+        raise RunError(f"{path} is empty; evaluate again.") from None
+    except pd.errors.ParserError as error:
+        reason = " ".join(str(error).split())
+        raise RunError(f"{path} is not a table of metrics ({reason}); evaluate again.") from error
+    if text.startswith(f"{_TEXT_COLUMNS[0]};"):
+        raise RunError(f"{path} is separated by semicolons, as a spreadsheet saved it; evaluate again.")
     missing = [name for name in (*_TEXT_COLUMNS, *DEFINITIONS) if name not in table.columns]
     if missing:
         raise RunError(f"{path} lacks the columns {', '.join(missing)}; evaluate again.")
+    for name in ("case", "class"):  # tables of several runs are compared by them
+        table[name] = [normal_name(value) for value in table[name]]
     for name in DEFINITIONS:
         try:
             table[name] = [float(value) if value else np.nan for value in table[name]]

@@ -20,9 +20,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scantly.errors import ImageError
+from scantly.files import normal_name
 from scantly.imaging.decoding import decoding
-from scantly.imaging.dicom_files import Slice, files_below, is_dicom, lossy, read_headers, read_slices, reader_of
+from scantly.imaging.dicom_files import Slice, files_below, lossy, read_headers, read_slices, reader_of, unreadable
 from scantly.imaging.dicom_geometry import arrange
+from scantly.imaging.dicom_marks import is_dicom
+from scantly.imaging.dicom_persons import Person, count_persons
 from scantly.imaging.geometry import Geometry
 
 __all__ = ["Series", "choose_series", "find_cases", "find_series", "is_dicom", "read_series", "series_of_file"]
@@ -90,8 +93,8 @@ class Series:
 def find_series(folder: Path) -> list[Series]:
     """All series below a folder, in order of UID; empty if there is none.
 
-    Hidden files, DICOMDIR, files that are not DICOM, localizers and objects that hold no scan are passed over
-    and counted in the log.
+    DICOMDIR, files that are not DICOM, localizers and objects that hold no scan are passed over and named in the
+    log; hidden files are not looked at.
 
     Raises:
         ImageError: if the folder does not exist, or one of its DICOM files is empty, truncated or damaged.
@@ -135,7 +138,7 @@ def choose_series(folder: Path, found: Sequence[Series], uid: str | None, *, opt
         return chosen[0]
     if len(found) == 1:
         return found[0]
-    patients = len({image.patient for series in found for image in series.slices})
+    patients = count_persons(image.patient for series in found for image in series.slices)
     if patients > 1:
         choice = ", or choose one series with predict --series UID" if option else ""
         raise ImageError(
@@ -165,13 +168,15 @@ def find_cases(
         folder: Searched with its subfolders.
         series: UID of the series to take.
         collection: The subfolders are the cases even if there is only one.
-        broken: Gets the name and the error of every case that cannot be used; None to raise the first.
+        broken: Gets the name and the error of every case that cannot be used; None to raise the first. Of a case that
+            was copied the first folder in order of name is used.
 
     Returns:
         Case name -> series, in order of name; empty if the folder holds no DICOM scan.
 
     Raises:
-        ImageError: if a case has several series, or its series cannot be used (:attr:`Series.geometry`).
+        ImageError: if a case has several series, its series cannot be used (:attr:`Series.geometry`), or two
+            subfolders hold the same images.
     """
     faults: dict[Path, ImageError] = {}
     slices = _headers(folder, None if broken is None else faults)
@@ -179,7 +184,9 @@ def find_cases(
         return {}
     places, faulty = _places(folder, slices, faults, together=series is not None, collection=collection)
     _tell_left_out(folder, places, faulty)
-    failed = list(faulty.items())
+    failed = [(normal_name(name), error) for name, error in faulty.items()]
+    if broken is None and failed:
+        raise failed[0][1]
     cases: dict[str, Series] = {}
     for name, (place, images) in places.items():
         if name in faulty:
@@ -190,9 +197,11 @@ def find_cases(
         except ImageError as error:
             if broken is None:
                 raise
-            failed.append((name, error))
+            failed.append((normal_name(name), error))
         else:
-            cases[name] = case
+            if normal_name(name) in cases:
+                raise ImageError(f"{place} and {cases[normal_name(name)].folder} have the same name; rename one.")
+            cases[normal_name(name)] = case
     if broken is not None:
         broken += failed
     return cases
@@ -253,21 +262,28 @@ def _places(
     """Cases by name, each with its folder and slices, and the first fault of each case that has any."""
 
     def part(path: Path) -> str:
-        return path.relative_to(folder).parts[0]
+        return path.relative_to(folder).parts[0]  # as the folder is called; cases get the normal form of it
 
     parts: dict[str, list[Slice]] = defaultdict(list)
     for image in slices:
         parts[part(image.path)].append(image)
-    faulty: dict[str, ImageError] = {}
+    broken: dict[str, dict[Path, ImageError]] = defaultdict(dict)
     for path, error in faults.items():
-        faulty.setdefault(part(path), error)
+        broken[part(path)][path] = error
+    faulty = {name: unreadable(folder, errors) for name, errors in broken.items()}
     direct = any(path.parent == folder for path in (*faults, *(image.path for image in slices)))
+    if not direct:
+        copies = _copies(folder, parts)
+        if copies and together:
+            raise next(iter(copies.values()))
+        slices = [image for image in slices if part(image.path) not in copies]
+        parts = {name: images for name, images in parts.items() if name not in copies}
+        faulty |= copies
     # a subfolder of which nothing can be read is taken for a case of its own
     alone = len({image.series_uid for image in slices}) == 1 and faulty.keys() <= parts.keys()
     if together or direct or (alone and not collection) or _share_study(parts.values()):
-        name = folder.resolve().name
-        first = next(iter(faults.values()), None)
-        return {name: (folder, slices)}, {} if first is None else {name: first}
+        name = normal_name(folder.resolve().name)
+        return {name: (folder, slices)}, {name: unreadable(folder, faults)} if faults else {}
     return {name: (folder / name, images) for name, images in sorted(parts.items())}, faulty
 
 
@@ -283,6 +299,29 @@ def _tell_left_out(folder: Path, places: Mapping[str, tuple[Path, list[Slice]]],
             log.warning("%s holds no DICOM scan and is left out.", path)
 
 
+def _copies(folder: Path, parts: Mapping[str, Sequence[Slice]]) -> dict[str, ImageError]:
+    """Subfolders that hold images of an earlier one again, by their UIDs and patient, each with what to say of it."""
+    owners: dict[tuple[str, str, int], tuple[str, Slice]] = {}
+    copies: dict[str, ImageError] = {}
+    for name, images in sorted(parts.items()):
+        known = [owners.get((image.series_uid, image.sop_uid, image.frame)) for image in images]
+        twice = [
+            (owner[0], image)
+            for owner, image in zip(known, images, strict=True)
+            if owner is not None and image.sop_uid and owner[1].patient.same(image.patient)
+        ]
+        if twice:
+            other, image = twice[0]
+            copies[name] = ImageError(
+                f"{folder / other} and {folder / name} hold the same series ({image.series_uid}, {len(twice)} images "
+                "in both): one is a copy of the other; move one away."
+            )
+            continue
+        for image in images:
+            owners.setdefault((image.series_uid, image.sop_uid, image.frame), (name, image))
+    return copies
+
+
 def _group(folder: Path, slices: Iterable[Slice]) -> list[Series]:
     by_uid: dict[str, list[Slice]] = defaultdict(list)
     for image in slices:
@@ -292,17 +331,19 @@ def _group(folder: Path, slices: Iterable[Slice]) -> list[Series]:
 
 def _share_study(parts: Iterable[Sequence[Slice]]) -> bool:
     """Whether two subfolders hold images of one study of one patient."""
-    seen: set[tuple[str, str]] = set()
-    for studies in ({(image.patient, image.study_uid) for image in images} for images in parts):
-        if seen & studies:
+    seen: dict[str, set[Person]] = defaultdict(set)
+    for images in parts:
+        own = dict.fromkeys((image.study_uid, image.patient) for image in images)
+        if any(patient.same(other) for study, patient in own for other in seen[study]):
             return True
-        seen |= studies
+        for study, patient in own:
+            seen[study].add(patient)
     return False
 
 
 def _require_usable(series: Series) -> None:
     """Refuse what is no gray volume of one patient, stored without loss."""
-    patients = len({image.patient for image in series.slices})
+    patients = count_persons(image.patient for image in series.slices)
     if patients > 1:
         raise ImageError(
             f"{series} mixes images of {patients} patients under one series UID; separate them, each in a folder and "

@@ -1,17 +1,13 @@
 """The files of a DICOM folder: which are images, and what their headers say.
 
-SimpleITK (GDCM) reads the headers. Only the first bytes, which name the kind of object and its coding, are
-read here: GDCM refuses a structured report in the same words as a truncated scan, and the two must be told
-apart. The positions of the frames of a multi-frame file lie in nested sequences that SimpleITK does not give
-out; for those pydicom is needed (extra ``dicom-seg``).
+SimpleITK (GDCM) reads the headers. The positions of the frames of a multi-frame file lie in nested sequences that
+SimpleITK does not give out; those pydicom reads.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
-import struct
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -20,8 +16,10 @@ from typing import Any
 
 from scantly.errors import ImageError
 from scantly.imaging.decoding import decoding, guard_size
+from scantly.imaging.dicom_marks import FileHead, read_head, refuse_broken
+from scantly.imaging.dicom_persons import Person, person_of
 
-__all__ = ["Slice", "files_below", "is_annotation", "is_dicom", "lossy", "read_headers", "read_slices", "reader_of"]
+__all__ = ["Slice", "files_below", "is_annotation", "lossy", "read_headers", "read_slices", "reader_of", "unreadable"]
 
 log = logging.getLogger("scantly")
 
@@ -44,7 +42,6 @@ _NO_SCAN = {
 
 _SECONDARY_CAPTURE = _STORAGE + "7"
 _ANNOTATIONS = (_STORAGE + "66.4", _STORAGE + "481.3")  # segmentation, RT structure set
-_NAMED = 3  # files of a kind that are named in the log
 
 _LOSSY_SYNTAXES = (
     "1.2.840.10008.1.2.4.50",  # JPEG baseline
@@ -52,8 +49,7 @@ _LOSSY_SYNTAXES = (
     "1.2.840.10008.1.2.4.81",  # JPEG-LS near-lossless
     "1.2.840.10008.1.2.4.10",  # MPEG-2, MPEG-4, HEVC: .100 to .108
 )
-_SUFFIXES = (".dcm", ".dicom", ".ima")
-_PREAMBLE = 128  # bytes before the mark, mostly zeros
+_LISTED = 12
 
 
 @dataclass(frozen=True)
@@ -66,7 +62,7 @@ class Slice:
         sop_uid: SOPInstanceUID.
         series_uid: SeriesInstanceUID.
         study_uid: StudyInstanceUID.
-        patient: Check sum of the patient's ID and name: tells patients apart without naming them.
+        patient: Tells patients apart without naming them.
         reference_frame: FrameOfReferenceUID; positions in different ones cannot be compared.
         description: SeriesDescription.
         modality: For instance ``"CT"``.
@@ -88,7 +84,7 @@ class Slice:
     sop_uid: str
     series_uid: str
     study_uid: str
-    patient: str
+    patient: Person
     reference_frame: str
     description: str
     modality: str
@@ -103,17 +99,6 @@ class Slice:
     scale: tuple[float, float]
     syntax: str
     lossy_flag: bool
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file has DICOM's mark: ``DICM`` after 128 bytes.
-
-    Raises:
-        ImageError: if the file may not be read.
-    """
-    with decoding(path, "DICOM file"), path.open("rb") as file:
-        file.seek(_PREAMBLE)
-        return file.read(4) == b"DICM"
 
 
 def files_below(folder: Path) -> list[Path]:
@@ -145,8 +130,8 @@ def is_annotation(path: Path) -> bool:
     Raises:
         ImageError: if the file may not be read.
     """
-    with decoding(path, "DICOM file"):
-        return is_dicom(path) and _meta(path)[0] in _ANNOTATIONS
+    head = read_head(path)
+    return head is not None and head.sop_class in _ANNOTATIONS
 
 
 def lossy(image: Slice) -> str | None:
@@ -161,40 +146,53 @@ def lossy(image: Slice) -> str | None:
 def read_headers(folder: Path, *, broken: dict[Path, ImageError] | None = None) -> list[Slice]:
     """Headers of all scans below a folder; what else lies there is passed over and named in the log.
 
-    Hidden files, DICOMDIR, files that are not DICOM, localizers, color secondary captures, and objects that hold no
-    scan (segmentations, structure sets, reports, ...) are passed over.
+    DICOMDIR, files that are not DICOM, localizers, color secondary captures, and objects that hold no scan
+    (segmentations, structure sets, reports, ...) are passed over, each named in the log with the reason; hidden files
+    are not looked at.
 
     Args:
         folder: Searched with its subfolders.
-        broken: Gets the files that cannot be read, with the error of each; None to raise the first.
+        broken: Gets the files that cannot be read, with the error of each; None to raise one
+            error that names them all.
 
     Raises:
-        ImageError: for a file that should be an image and is empty, truncated, damaged or of an unknown
-            coding: passing it over could hide a missing slice.
+        ImageError: for files that should be images and are empty, truncated, damaged or of an unknown
+            coding: passing them over could hide a missing slice.
     """
     slices: list[Slice] = []
     ignored: dict[str, list[str]] = defaultdict(list)
+    faults: dict[Path, ImageError] = {}
     for path in files_below(folder):
-        if path.name.upper() == "DICOMDIR":
-            continue
         try:
-            kind, found = _examine(path)
+            kind, found = ("DICOMDIR", []) if path.name.upper() == "DICOMDIR" else _examine(path)
         except ImageError as error:
-            if broken is None:
-                raise
-            broken[path] = error
+            faults[path] = error
             continue
         if found:
             slices += found
         else:
             ignored[kind].append(str(path.relative_to(folder)))
     if ignored:
-        listed = ", ".join(
-            f"{len(names)} {kind} ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
-            for kind, names in sorted(ignored.items())
-        )
+        listed = ", ".join(f"{len(names)} {kind} ({', '.join(names)})" for kind, names in sorted(ignored.items()))
         log.info("%s: passed over what is no DICOM scan: %s.", folder, listed)
+    if faults and broken is None:
+        raise unreadable(folder, faults)
+    if broken is not None:
+        broken.update(faults)
     return slices
+
+
+def unreadable(folder: Path, faults: Mapping[Path, ImageError]) -> ImageError:
+    """One error for the files of a folder that cannot be read: the only one's own, or one that names them all."""
+    first = next(iter(faults.values()))
+    if len(faults) == 1:
+        return first
+    names = [str(path.relative_to(folder)) for path in faults]
+    more = f" and {len(names) - _LISTED} more" if len(names) > _LISTED else ""
+    return ImageError(
+        f"{folder} holds {len(names)} files that cannot be read as DICOM images, {', '.join(names[:_LISTED])}{more}; "
+        f"of the first: {first}"
+    )
 
 
 def read_slices(path: Path) -> list[Slice]:
@@ -203,66 +201,32 @@ def read_slices(path: Path) -> list[Slice]:
     Raises:
         ImageError: as :func:`read_headers`.
     """
-    return _classify(path)[1]
-
-
-def _refuse_broken(path: Path) -> None:
-    """A file without DICOM's mark that is called like DICOM files are, or was cut off before the mark."""
-    suffix, size = path.suffix.lower(), path.stat().st_size
-    bare = suffix == "" or suffix[1:].isdigit()  # DICOM files are often called IM0001, or by their UID
-    cut = bare and size < _PREAMBLE + 4 and b"DICM".startswith(path.read_bytes().strip(b"\0"))
-    if suffix not in _SUFFIXES and not cut:
-        return
-    raise ImageError(
-        f"{path} is called like a DICOM file but lacks the mark DICM after {_PREAMBLE} bytes (it has {size} bytes): a "
-        "slice may be missing; fetch or export the series again, or move the file away."
-    )
+    return _examine(path)[1]
 
 
 def _examine(path: Path) -> tuple[str, list[Slice]]:
     """As :func:`_classify`, for a file that may be of any kind."""
-    if is_dicom(path):
-        return _classify(path)
-    _refuse_broken(path)
+    head = read_head(path)
+    if head is not None:
+        return _classify(path, head)
+    refuse_broken(path)
     return "not DICOM", []
 
 
-def _classify(path: Path) -> tuple[str, list[Slice]]:
+def _classify(path: Path, head: FileHead) -> tuple[str, list[Slice]]:
     """What to call the file if it is passed over, and its slices if it is not."""
-    sop_class, syntax = _meta(path)
     for known, words in _NO_SCAN.items():
-        if sop_class == known or sop_class.startswith(known + "."):
+        if head.sop_class == known or head.sop_class.startswith(known + "."):
             return words, []
-    tags = _tags(path, syntax)
-    image = _slice(path, tags, syntax)
+    tags = _tags(path, head.syntax)
+    image = _slice(path, tags, head.syntax)
     if "LOCALIZER" in image.image_type:
         return "localizer", []
-    if image.samples != 1 and f"{sop_class}.".startswith(f"{_SECONDARY_CAPTURE}."):
+    if image.samples != 1 and f"{head.sop_class}.".startswith(f"{_SECONDARY_CAPTURE}."):
         return "color secondary capture", []
     frames = int(_number(tags.get("0028|0008")) or 1)
     guard_size(path, math.prod(image.shape) * frames * 2)
     return "", [image] if frames == 1 else _frames(image, frames)
-
-
-def _meta(path: Path) -> tuple[str, str]:
-    """Media storage SOP class and transfer syntax, from the file's first group (explicit VR little endian)."""
-    with path.open("rb") as file:
-        head = file.read(_PREAMBLE + 4 + 4096)[_PREAMBLE + 4 :]
-    found = {}
-    at = 0
-    while at + 8 <= len(head):
-        group, element, vr, size = struct.unpack_from("<HH2sH", head, at)
-        at += 8
-        if vr in (b"OB", b"UN"):  # these have two reserved bytes and a longer length
-            if at + 4 > len(head):
-                break
-            (size,) = struct.unpack_from("<I", head, at)
-            at += 4
-        if group != 2:
-            break
-        found[element] = head[at : at + size].decode("ascii", "replace").strip("\0 ")
-        at += size
-    return found.get(0x0002, ""), found.get(0x0010, "")
 
 
 def reader_of(path: Path) -> Any:
@@ -292,14 +256,16 @@ def _slice(path: Path, tags: Mapping[str, str], syntax: str) -> Slice:
         # bytes of another character set come as lone surrogates, which cannot be printed
         return tags.get(key, "").encode("utf-8", "replace").decode("utf-8")
 
-    patient = hashlib.sha256("\0".join(map(text, ("0010|0020", "0010|0010"))).encode()).hexdigest()[:16]
+    def stored(key: str) -> bytes:
+        return tags.get(key, "").encode("utf-8", "surrogateescape")
+
     return Slice(
         path=path,
         frame=0,
         sop_uid=text("0008|0018"),
         series_uid=text("0020|000e"),
         study_uid=text("0020|000d"),
-        patient=patient,
+        patient=person_of(stored("0010|0020"), stored("0010|0010"), text("0008|0005")),
         reference_frame=text("0020|0052"),
         description=text("0008|103e"),
         modality=text("0008|0060"),
@@ -339,15 +305,10 @@ def _positive(text: str | None) -> float | None:
 
 def _frames(image: Slice, frames: int) -> list[Slice]:
     """One slice per frame of a multi-frame file, with the positions of its functional groups."""
-    try:
-        import pydicom
-    except ImportError:
-        raise ImageError(
-            f"{image.path} holds {frames} frames in one file, whose positions need pydicom: "
-            "pip install 'scantly[dicom-seg]', or convert the file to NIfTI."
-        ) from None
+    import pydicom
+
     with decoding(image.path, "multi-frame DICOM file"):
-        dataset: Any = pydicom.dcmread(image.path, stop_before_pixels=True)
+        dataset: Any = pydicom.dcmread(image.path, stop_before_pixels=True, force=True)
         shared = (dataset.get("SharedFunctionalGroupsSequence") or [{}])[0]
         own = list(dataset.get("PerFrameFunctionalGroupsSequence") or [])
         if len(own) != frames:

@@ -20,6 +20,20 @@ from scantly.imaging.dicom import Series
 __all__ = ["require_highdicom", "write_segmentation"]
 
 _SERIES_NUMBER = 1000  # above those of scanners
+_EMPTY_IF_UNKNOWN = (
+    "AccessionNumber",
+    "PatientBirthDate",
+    "PatientID",
+    "PatientName",
+    "PatientSex",
+    "PositionReferenceIndicator",
+    "ReferringPhysicianName",
+    "StudyDate",
+    "StudyID",
+    "StudyTime",
+)
+"""Attributes of type 2 in the modules that a segmentation takes over from its source: there, but perhaps empty."""
+
 _ORGANS = {
     "adrenal gland": "AdrenalGland",
     "aorta": "Aorta",
@@ -110,21 +124,44 @@ def write_segmentation(
         )
     try:
         segmentation = _segmentation(labels, series, classes, model_name, model_version)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:  # what highdicom raises on headers with gaps
+        with atomic_path(path) as temporary:
+            segmentation.save_as(temporary, enforce_file_format=True)
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:  # on headers with gaps
         reason = " ".join(str(error).split())[:200]
         raise ImageError(
-            f"{series} cannot be the source of a DICOM-SEG ({reason}); write the prediction as NIfTI, or export the "
-            "series with its full headers."
+            f"{series} cannot be the source of a DICOM-SEG ({reason}); export the series with its full headers, or "
+            "write the prediction as NIfTI alone."
         ) from error
-    with atomic_path(path) as temporary:
-        segmentation.save_as(temporary, enforce_file_format=True)
+
+
+def _sources(files: Sequence[Path], thickness: float) -> list[Any]:
+    """Headers of the source images, with what the standard wants there, if only empty (type 2).
+
+    Exports without names leave such attributes out, and highdicom copies them unseen. A sex that is none of the
+    standard's values is left empty too.
+
+    Args:
+        files: The source images.
+        thickness: Distance of the slices in mm, for images that do not say how thick they are.
+    """
+    import pydicom
+
+    sources = [pydicom.dcmread(path, stop_before_pixels=True, force=True) for path in files]
+    for source in sources:
+        for keyword in _EMPTY_IF_UNKNOWN:
+            if keyword not in source:
+                setattr(source, keyword, "")
+        if source.PatientSex not in ("M", "F", "O", "", None):
+            source.PatientSex = ""
+        if "PerFrameFunctionalGroupsSequence" not in source and not source.get("SliceThickness"):
+            source.SliceThickness = pydicom.valuerep.DSfloat(thickness, auto_format=True)
+    return sources
 
 
 def _segmentation(
     labels: NDArray[np.integer[Any]], series: Series, classes: Sequence[str], model_name: str, model_version: str
 ) -> Any:
     import highdicom
-    import pydicom
 
     ordered = series.ordered
     files = list(dict.fromkeys(image.path for image in ordered))
@@ -132,7 +169,7 @@ def _segmentation(
     if len(files) == 1:  # a multi-frame file keeps its own order of frames
         frames = frames[np.argsort([image.frame for image in ordered])]
     return highdicom.seg.Segmentation(
-        source_images=[pydicom.dcmread(path, stop_before_pixels=True) for path in files],
+        source_images=_sources(files, series.geometry.spacing[0]),
         pixel_array=frames,
         segmentation_type=highdicom.seg.SegmentationTypeValues.BINARY,
         segment_descriptions=_descriptions(classes, model_name, model_version),

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from scantly.errors import ImageError, times
-from scantly.files import atomic_path
+from scantly.files import atomic_path, normal_name
 from scantly.imaging import dicom, h5, nifti, raster
 from scantly.imaging.decoding import require_finite, to_labels, within_memory
 from scantly.imaging.geometry import Geometry, Image, Label, geometry_difference
@@ -52,14 +52,14 @@ def file_ending(path: Source) -> str | None:
 
 
 def stem(path: Path) -> str:
-    """The file's name without its ending.
+    """The file's name without its ending, in the form in which names are compared (see :func:`normal_name`).
 
     Example:
         >>> stem(Path("scans/heart.v2.nii.gz"))
         'heart.v2'
     """
     ending = file_ending(path)
-    return path.name[: -len(ending)] if ending else path.name
+    return normal_name(path.name[: -len(ending)] if ending else path.name)
 
 
 def _require_ending(path: Path) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 from scantly.data.matching import MOST_CHANNELS, find_files, is_label_name, lies_in_label_folder, name_files
 from scantly.data.unread import looks_like_volume
 from scantly.errors import ImageError
+from scantly.files import normal_name
 from scantly.imaging import ENDINGS, file_ending, stem
 from scantly.imaging.dicom import Series, find_cases, is_dicom, series_of_file
 from scantly.imaging.dicom_files import files_below
@@ -69,9 +70,9 @@ def find_inputs(
             raise ImageError(f"{item} does not exist.")
         elif file_ending(item) is None and is_dicom(item):
             try:
-                found.append((item.stem, series_of_file(item)))
+                found.append((normal_name(item.stem), series_of_file(item)))
             except ImageError as error:
-                faults.append((item.stem, error))
+                faults.append((normal_name(item.stem), error))
         else:
             files.append((stem(item), item))
     cases = _together(_by_channel(files, channels, faults), found, channels)

@@ -92,6 +92,15 @@ def model_file(path: Path) -> Path:
     return path / "model.safetensors" if path.is_dir() else path
 
 
+def _missing(path: Path, file: Path) -> str:
+    """Sentence for a model that is not there; it speaks of a training or a checkpoint only where there is one."""
+    if not (path / "config.yaml").is_file():
+        return f"{file} does not exist; give the run folder of a finished training, or a model.safetensors."
+    there = (path / "checkpoints" / "last.ckpt").is_file()
+    how = "continue it with --resume" if there else "it left no checkpoint, give the same scantly train again"
+    return f"{file} does not exist: the training has not finished; {how}."
+
+
 def load_model(path: Path, *, method: Mapping[str, Any] | None = None) -> Model:
     """Read ``model.safetensors``; nothing else of the run folder is needed.
 
@@ -108,7 +117,7 @@ def load_model(path: Path, *, method: Mapping[str, Any] | None = None) -> Model:
 
     file = model_file(path)
     if not file.is_file():
-        raise RunError(f"{file} does not exist; the training has not finished, continue it with --resume.")
+        raise RunError(_missing(path, file))
     try:
         with safe_open(str(file), framework="pt") as stream:
             content = json.loads((stream.metadata() or {})[_KEY])

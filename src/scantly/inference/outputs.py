@@ -9,14 +9,14 @@ from pathlib import Path
 import numpy as np
 
 from scantly.errors import ImageError
-from scantly.files import atomic_path
+from scantly.files import atomic_path, name_too_long, normal_name
 from scantly.imaging import Geometry, file_ending, nifti, write_label, write_scalar
 from scantly.imaging.dicom import Series
 from scantly.imaging.dicom_seg import write_segmentation
 from scantly.imaging.volumes import Source
 from scantly.inference.model import Model
 
-__all__ = ["Outputs", "Prediction", "outputs_of", "refuse_overwriting", "write_prediction"]
+__all__ = ["Outputs", "Prediction", "outputs_of", "refuse_long_names", "refuse_overwriting", "write_prediction"]
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,10 @@ def write_prediction(
         dicom_seg_by: The model that predicted a series, to write ``<case>.dcm`` too.
 
     Returns:
-        The label file. It is written last: where it is, the others are too.
+        The label file. The DICOM segmentation is written last: what else was asked for is never lost with it.
+
+    Raises:
+        ImageError: if the DICOM segmentation cannot be made; all other files are written.
     """
     paths = outputs_of(folder, case, source)
     if prediction.uncertainty is not None:
@@ -104,12 +107,31 @@ def write_prediction(
     if prediction.probabilities is not None:
         with atomic_path(paths.probabilities) as temporary:
             nifti.write(temporary, prediction.probabilities, prediction.geometry)
-    if dicom_seg_by is not None and isinstance(source, Series):
-        write_segmentation(
-            paths.dicom_seg, prediction.labels, source, dicom_seg_by.task.classes, model_name=dicom_seg_by.method
-        )
     write_label(paths.label, prediction.labels, prediction.geometry)
+    if dicom_seg_by is not None and isinstance(source, Series):
+        classes, name = dicom_seg_by.task.classes, dicom_seg_by.method
+        try:
+            write_segmentation(paths.dicom_seg, prediction.labels, source, classes, model_name=name)
+        except ImageError as error:
+            paths.dicom_seg.unlink(missing_ok=True)  # an earlier one would be taken for that of this label map
+            raise ImageError(f"{paths.label} is written, but not as DICOM-SEG: {error}") from error
     return paths.label
+
+
+def refuse_long_names(case: str, paths: Sequence[Path]) -> None:
+    """Refuse a scan whose outputs would have names longer than the file system allows, before it is predicted.
+
+    Args:
+        case: Name of the scan.
+        paths: What would be written for it.
+
+    Raises:
+        ImageError: naming the scan and the file.
+    """
+    for path in paths:
+        fault = name_too_long(path)
+        if fault is not None:
+            raise ImageError(f"{fault}; give the scan '{case}' a shorter name.")
 
 
 def refuse_overwriting(
@@ -130,12 +152,12 @@ def refuse_overwriting(
     Raises:
         ImageError: naming the scan that a prediction would overwrite, or the scans with one name for two outputs.
     """
-    inputs = {file.resolve() for files in cases.values() for file in files}
+    inputs = {_place(file) for files in cases.values() for file in files}
     written: dict[Path, Source] = {}
     for case, files in cases.items():
         paths = outputs_of(folder, case, files[0])
         for path in paths.asked(uncertainty=True, probabilities=True, dicom_seg=True):
-            if path.resolve() in inputs:
+            if _place(path) in inputs:
                 raise ImageError(f"{path} is a scan and would be overwritten by a prediction; choose another --out.")
         for path in paths.asked(uncertainty=uncertainty, probabilities=probabilities, dicom_seg=dicom_seg):
             if path in written:
@@ -144,3 +166,8 @@ def refuse_overwriting(
                     "into two folders."
                 )
             written[path] = files[0]
+
+
+def _place(file: Source) -> str:
+    """Where a file lies; names that differ in the coding of accents alone are one file on some systems."""
+    return normal_name(str(file.resolve()))

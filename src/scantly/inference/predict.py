@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,7 +26,13 @@ from scantly.inference.journal import Journal, state_of
 from scantly.inference.memory import available_bytes, megabytes
 from scantly.inference.model import Model, load_model, model_file
 from scantly.inference.original import class_maps, label_on_original_grid
-from scantly.inference.outputs import Prediction, outputs_of, refuse_overwriting, write_prediction
+from scantly.inference.outputs import (
+    Prediction,
+    outputs_of,
+    refuse_long_names,
+    refuse_overwriting,
+    write_prediction,
+)
 from scantly.inference.windows import entropy, predict_array
 from scantly.networks import check_sides
 from scantly.networks.precision import say_slow_bf16
@@ -36,7 +41,6 @@ __all__ = ["Outcome", "Predictor", "predict", "predict_folder", "select_device"]
 
 _LOGGER = logging.getLogger("scantly")
 _PRECISIONS = ("32", "bf16")
-_LONGEST_NAME = 255  # bytes, on all usual file systems
 
 
 def select_device(name: str) -> torch.device:
@@ -245,7 +249,7 @@ def predict_folder(
                     present += 1
                 else:
                     try:
-                        _refuse_long_names(wanted, sources[0])
+                        refuse_long_names(case, wanted)
                         prediction = predictor.predict(sources, uncertainty=uncertainty, probabilities=probabilities)
                         by = predictor.model if dicom_seg else None
                         write_prediction(prediction, folder, case, sources[0], dicom_seg_by=by)
@@ -259,13 +263,6 @@ def predict_folder(
     if progress and not failed:
         progress(len(cases), len(cases), "")
     return Outcome(folder, files, present, failed)
-
-
-def _refuse_long_names(outputs: Iterable[Path], source: Source) -> None:
-    for path in outputs:
-        size = len(os.fsencode(path.name))
-        if size > _LONGEST_NAME:
-            raise ImageError(f"{source} would give {path.name}, which has {size} bytes; shorten its name to fit 255.")
 
 
 def _check_dicom_seg(cases: Mapping[str, Sequence[Source]]) -> None:

@@ -33,8 +33,10 @@ def load_checkpoint(path: Path, device: torch.device | str = "cpu") -> dict[str,
     """Read a checkpoint with ``weights_only=True``: tensors and plain data, no code.
 
     Raises:
-        RunError: if it is damaged or holds anything else.
+        RunError: if it is missing, damaged or holds anything else.
     """
+    if not path.is_file():
+        raise RunError(f"{path} is missing; restore it, or train the run again with another --out.")
     try:
         state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
     except (RuntimeError, EOFError, OSError, pickle.UnpicklingError) as error:

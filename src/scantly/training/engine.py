@@ -281,7 +281,7 @@ class Engine:
             if name.startswith("loss/") and not math.isfinite(value):
                 raise RunError(
                     f"{name} is {value} at iteration {self.iteration}; lower training.lr, set "
-                    "training.gradient_clip, or use --precision 32, with another --out. The last checkpoint is kept."
+                    f"training.gradient_clip, or use --precision 32, with another --out.{self._kept()}"
                 )
         note = ", ".join(f"{name[5:]} {value:.3g}" for name, value in values.items() if name.startswith("loss/"))
         elapsed = max(time.monotonic() - loop.started, 1e-9)
@@ -348,11 +348,15 @@ class Engine:
         if not bool(torch.stack([value.isfinite().all() for value in weights]).all()):
             raise RunError(
                 f"the weights are not finite after iteration {self.iteration}; lower training.lr, set "
-                "training.gradient_clip, or use --precision 32, with another --out. The last checkpoint is kept."
+                f"training.gradient_clip, or use --precision 32, with another --out.{self._kept()}"
             )
         if loop.log is not None:
             loop.log.flush()
             save_checkpoint(self.run.last_checkpoint, {**self._state(loop), "generators": generators})
+
+    def _kept(self) -> str:
+        """Whether there is a checkpoint of before, for the end of a message."""
+        return " The last checkpoint is kept." if self.run.last_checkpoint.is_file() else ""
 
     def _state(self, loop: _Loop) -> dict[str, Any]:
         return {

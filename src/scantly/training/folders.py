@@ -165,7 +165,7 @@ def _label_maps(folder: Path) -> dict[str, Path]:
             continue
         name = stem(file)
         if name in found:
-            raise ImageError(f"{file} and {found[name]} are both '{name}'; keep one of them.")
+            raise ImageError(f"{file} and {found[name]} are both label maps of '{name}'; remove one.")
         found[name] = file
     if not found:
         raise ImageError(f"{folder} holds no label maps; give the folder that holds them.")

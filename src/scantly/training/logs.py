@@ -38,7 +38,7 @@ class RunLog:
     def _cut_back(self, resume_at: int) -> None:
         kept: list[list[str]] = []
         if resume_at > 0 and self._path.exists():
-            with self._path.open(newline="", encoding="utf-8") as stream:
+            with self._path.open(newline="", encoding="utf-8", errors="replace") as stream:  # a kill cuts anywhere
                 rows = [row for row in csv.reader(stream) if len(row) == len(COLUMNS)]
             # The last line may be cut by the kill; whatever follows the checkpoint is written again.
             kept = [row for row in rows[1:] if row[0].isdecimal() and int(row[0]) <= resume_at]

@@ -135,7 +135,8 @@ def ending_together() -> Iterator[None]:
         if first is None and rank() == 1:
             raise RunError(
                 "the first process of this training has ended; if it does not say why itself it was killed, for "
-                "instance for its memory. Checkpoints are whole: continue with --resume."
+                "instance for its memory. Continue with --resume: from the last checkpoint, or from the start where "
+                "there is none yet."
             ) from error
         if not first:
             raise PeerError(
@@ -144,8 +145,8 @@ def ending_together() -> Iterator[None]:
         if _lost(error):
             raise RunError(
                 f"another of the {world_size()} processes of this training ended without a word, as rank {rank()} "
-                "noticed; it may have been killed, for instance for its memory. Checkpoints are whole: continue with "
-                "--resume."
+                "noticed; it may have been killed, for instance for its memory. Continue with --resume: from the last "
+                "checkpoint, or from the start where there is none yet."
             ) from error
         raise
 

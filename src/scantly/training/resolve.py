@@ -9,15 +9,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from scantly import networks
 from scantly.data.dataset import Dataset
 from scantly.data.plan import Plan, make_plan
 from scantly.data.splits import Split, resolve_split
 from scantly.data.topology import default_network
 from scantly.errors import ConfigError, unknown_name
-from scantly.files import read_yaml
+from scantly.files import parse_yaml, read_yaml
 from scantly.methods import catalogue
 from scantly.settings import merge, parse
 from scantly.training.config import (
@@ -51,11 +49,7 @@ def parse_sets(assignments: Sequence[str]) -> dict[str, Any]:
         key, equals, text = assignment.partition("=")
         if not equals or not key.strip():
             raise ConfigError(f"--set takes key=value, for instance method.consistency=0.5; got '{assignment}'.")
-        try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}: '{text}' is not a value ({error}).") from error
-        nested: Any = value
+        nested: Any = parse_yaml(text, f"--set {key}: '{text}'")
         for part in reversed(key.strip().split(".")):
             nested = {part: nested}
         layer = merge(layer, nested)

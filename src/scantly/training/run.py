@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -10,8 +11,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scantly.data.splits import Split
-from scantly.errors import RunError
-from scantly.files import read_json, read_yaml, sole_writer, write_json, write_yaml
+from scantly.errors import ConfigError, RunError
+from scantly.files import read_json, read_text, read_yaml, sole_writer, write_json, write_yaml
 from scantly.settings import parse
 from scantly.training.config import IRRELEVANT_KEYS, RunConfig
 
@@ -63,7 +64,7 @@ class Run:
     @cached_property
     def environment(self) -> dict[str, Any]:
         """What it was computed with."""
-        return dict(read_json(self.folder / "environment.json"))
+        return read_json(self.folder / "environment.json")
 
     @property
     def model_path(self) -> Path:
@@ -99,10 +100,23 @@ class Run:
         return self.model_path.is_file()
 
     def log(self) -> pd.DataFrame:
-        """The log in long format: columns ``iteration``, ``stage``, ``name``, ``value``."""
+        """The log in long format: columns ``iteration``, ``stage``, ``name``, ``value``.
+
+        Raises:
+            RunError: if it is missing, damaged or empty.
+        """
         import pandas as pd
 
-        return pd.read_csv(self.folder / "log" / "metrics.csv")
+        path = self.folder / "log" / "metrics.csv"
+        try:
+            return pd.read_csv(io.StringIO(read_text(path)))
+        except ConfigError as error:
+            raise RunError(str(error)) from error
+        except pd.errors.EmptyDataError:
+            raise RunError(f"{path} is empty; train the run again.") from None
+        except pd.errors.ParserError as error:
+            reason = " ".join(str(error).split())
+            raise RunError(f"{path} is not the log of a training ({reason}); train the run again.") from error
 
     def timing(self) -> tuple[float, float]:
         """Mean seconds per iteration, and the share of the training time (0 to 1) spent waiting for batches.
@@ -131,7 +145,7 @@ class Run:
         path = self.folder / "evaluation" / f"{split}.json"
         if not path.is_file():
             raise RunError(f"{self.folder} has no evaluation of '{split}'; run scantly evaluate {self.folder} first.")
-        return dict(read_json(path))
+        return read_json(path)
 
     def predictions(self, split: str) -> Path:
         """Folder of the predictions of a split."""
