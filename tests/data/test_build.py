@@ -389,3 +389,14 @@ def test_a_labeled_case_without_label_file_is_named(tmp_path: Path) -> None:
     dataset = write_dataset(tmp_path / "d", {"a": (np.zeros((1, 2, 8, 8)), None)})
     with pytest.raises(DatasetError, match="a has no label file"):
         build_store(dataset, ["a"], plan_of(channels=1), root=tmp_path, with_labels=["a"])
+
+
+def test_a_case_that_does_not_fit_into_memory_is_named(
+    build: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("scantly.data.build.prepare", short)
+    with pytest.raises(ImageError, match=r"a_0000\.nii(\.gz)? needs more memory"):
+        build(workers=1)
