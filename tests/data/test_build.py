@@ -415,3 +415,14 @@ def test_labels_that_are_checked_are_not_prepared(build: Callable[..., Store], t
     store = build(check_labels=["b"])
     assert not store.has_label("b")
     assert {Path(path).stem for path in written(tmp_path / "cache") if "labels" in path} == {"a"}
+
+
+def test_a_case_that_does_not_fit_into_memory_is_named(
+    build: Callable[..., Store], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def short(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("scantly.data.build.prepare", short)
+    with pytest.raises(ImageError, match=r"a_0000\.nii(\.gz)? needs more memory"):
+        build(workers=1)

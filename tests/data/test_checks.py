@@ -368,3 +368,14 @@ def test_memory_does_not_grow_with_the_cohort(tmp_path: Path) -> None:
     peak(2)
     one_scan = 8 * 64 * 64 * 4
     assert peak(20) - peak(4) < one_scan
+
+
+def test_a_file_that_does_not_fit_into_memory_is_a_finding(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr("scantly.data.checks._CaseReader._voxels", short)
+    findings = check(root)
+    assert {finding.code for finding in findings} == {"unreadable"}
+    assert len(findings) == 10  # the channels of all cases; the labels fit
+    assert all("of memory to be read" in finding.message and "damaged" not in finding.message for finding in findings)

@@ -194,6 +194,14 @@ def test_every_cause_has_its_sentence(tmp_path: Path, error: Exception, words: s
     assert "\n" not in str(told.value)
 
 
+def test_a_header_that_asks_for_all_memory_is_damaged_and_a_name_says_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "out of memory, requires the 'abc' package"
+    path.write_bytes(b"odd")
+    for error in (MemoryError(), OSError(f"cannot identify {path}")):
+        with pytest.raises(ImageError, match="truncated or damaged"), decoding(path, "scan"):
+            raise error
+
+
 def test_a_claim_beyond_all_addresses_is_a_lack_of_memory(tmp_path: Path) -> None:
     path = tmp_path / "a.x"
     path.write_bytes(b"sound")

@@ -24,7 +24,8 @@ __all__ = ["HEADER_FAULTS", "memory_sentence", "why_unreadable"]
 #: What nibabel raises on a header that it can take apart but not use. They are no ``ValueError``.
 HEADER_FAULTS = (HeaderDataError, HeaderTypeError, ImageFileError, WrapStructError)
 
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20
+_HEADER = 1 << 26  # more bytes than any header takes
 
 # Pillow, ITK, the C++ library, zlib, HDF5 and GDCM on memory; NumPy and Python raise MemoryError
 _OF_MEMORY = re.compile(
@@ -104,11 +105,13 @@ def why_unreadable(path: Path, kind: str, error: BaseException, *, needs: int = 
         The sentence. Damage is what is left when nothing else explains the error.
     """
     reason = " ".join(str(error).split())[:200] or type(error).__name__
-    if isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or _OF_MEMORY.search(str(error)):
+    words = str(error).replace(str(path), "")  # a file may be called anything
+    said = isinstance(error, MemoryError) or getattr(error, "errno", 0) == errno.ENOMEM or _OF_MEMORY.search(words)
+    # where it is not known what the voxels take, a header asked for memory: for more than any does if it is damaged
+    if said and (needs or not _can_get(_HEADER)):
         return memory_sentence(path, needs)
     told = _of_system(path, kind, error) if isinstance(error, OSError) else None
-    told = told or _of_codecs(path, error, reason)
-    told = told or _bytes_withheld(path, kind)
+    told = told or _of_codecs(path, error, words, reason) or _bytes_withheld(path, kind)
     if told:
         return told
     if needs and not _can_get(needs):
@@ -133,11 +136,11 @@ def _of_system(path: Path, kind: str, error: OSError) -> str | None:
     return known and f"{path} {known.format(os.strerror(number))}"
 
 
-def _of_codecs(path: Path, error: BaseException, reason: str) -> str | None:
+def _of_codecs(path: Path, error: BaseException, words: str, reason: str) -> str | None:
     """Sentence for a decoder that is not installed; None if that is not what the error says."""
-    named = _PACKAGE.search(str(error))
+    named = _PACKAGE.search(words)
     if named is None and not isinstance(error, ImportError):
-        if not _OF_CODECS.search(str(error)):
+        if not _OF_CODECS.search(words):
             return None
         return f"{path} is packed in a way for which no decoder is installed ({reason}); save it uncompressed."
     package = named[1] if named else getattr(error, "name", None)
@@ -147,6 +150,8 @@ def _of_codecs(path: Path, error: BaseException, reason: str) -> str | None:
 
 def _bytes_withheld(path: Path, kind: str) -> str | None:
     """Whether the system fails to give the file's bytes, which decoders in C do not say; then the sentence for it."""
+    if path.is_dir():
+        return None
     try:
         with path.open("rb") as file:
             while file.read(_CHUNK):

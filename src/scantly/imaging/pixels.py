@@ -29,7 +29,7 @@ _TURNED = (5, 6, 7, 8)  # orientations (TIFF and EXIF tag 274) in which rows and
 
 _GRAY = ("1", "L", "I;16", "I;16B", "I;16L", "I", "F")
 _WITH_OPACITY = {"LA": "L", "RGBA": "RGB", "RGBX": "RGB"}
-_CONVERTED = {"CMYK": "CMYK", "YCbCr": "YCbCr", "HSV": "HSV"}
+_CONVERTED = ("CMYK", "YCbCr")
 
 _pillow = threading.Lock()
 
@@ -93,10 +93,10 @@ def from_pillow(picture: PIL.Image.Image, bits: int, path: Path, *, indices: boo
     mode = picture.mode
     if mode in _GRAY:
         return _gray(np.array(picture), bits, indices=indices)
+    if mode in ("P", "PA") and indices:
+        return np.array(picture if mode == "P" else picture.getchannel(0))
     if mode in ("P", "PA"):
-        return (
-            np.array(picture if mode == "P" else picture.getchannel(0)) if indices else np.array(picture.convert("RGB"))
-        )
+        return np.array(picture.convert("RGB"))
     if mode in _WITH_OPACITY:
         return np.array(picture.convert(_WITH_OPACITY[mode]))
     if mode == "RGB":
