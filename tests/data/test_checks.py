@@ -131,6 +131,10 @@ def file_in_place_of_a_folder(root: Path) -> None:
     (root / "labelsTs").write_bytes(b"")
 
 
+def link_misspelt(root: Path) -> None:
+    (root / "labelsTR").symlink_to(root / "gone")
+
+
 def another_folder(root: Path) -> None:
     folders.write_scan(root / "imagesVal" / "v_0000.nii.gz", 80)
 
@@ -197,6 +201,7 @@ def broken_splits(root: Path) -> None:
         (scans_in_a_subfolder, "scan_not_read", "error", "more", "(d_0000.nii.gz)"),
         (labels_in_a_subfolder, "label_not_read", "error", "more", "(u.nii.gz)"),
         (misspelt, "misspelt_folder", "error", "labelsTS", "rename it to labelsTs"),
+        (link_misspelt, "misspelt_folder", "error", "labelsTR", "rename it to labelsTr"),
         (link_to_no_folder, "no_folder", "error", "labelsTs", "leads nowhere"),
         (file_in_place_of_a_folder, "no_folder", "error", "labelsTs", "is not a folder"),
         (another_folder, "stray_file", "warning", "imagesVal", "is not used"),

@@ -254,7 +254,8 @@ def _root_faults(root: Path) -> Iterator[Fault]:
                 what = "is a link that leads nowhere" if path.is_symlink() and not path.exists() else "is not a folder"
                 yield Fault("no_folder", str(path), f"{path} {what}; put the folder in its place or remove it.")
         elif meant is not None:
-            if (root / meant).exists() and path.samefile(root / meant):  # file systems that know no capital letters
+            # file systems that know no capital letters
+            if path.exists() and (root / meant).exists() and path.samefile(root / meant):
                 continue
             yield Fault("misspelt_folder", str(path), f"{path} is not used; rename it to {meant}, or move it away.")
         elif path.name not in _OWN_FILES and not is_companion(path):
