@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from scantly import imaging
+from scantly.arguments import checked
 from scantly.data.dataset import Dataset
 from scantly.data.matching import find_files, group_channels, is_label_name, match_labels, name_files, visible_files
 from scantly.errors import DatasetError
@@ -27,6 +28,7 @@ log = logging.getLogger("scantly")
 _MOST_VALUES = 256
 
 
+@checked()
 def init(
     dataset_root: str | Path,
     images: str | Path,

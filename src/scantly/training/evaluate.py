@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scantly.arguments import checked
 from scantly.data.dataset import Dataset
 from scantly.errors import ImageError, RunError
 from scantly.evaluation import Convention, make_table, save_table, score_case, summarize
@@ -115,6 +116,7 @@ def _difference(predictor: Predictor) -> str:
     return "_".join(part for part in parts if part)
 
 
+@checked(classes="['background', 'heart']")
 def evaluate_folders(
     predictions: str | Path,
     labels: str | Path,
