@@ -64,7 +64,7 @@ WRONG: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
     ("train", TRAIN, {"precision": 32}, "train: precision is 32 (int); give text or None."),
     ("train", TRAIN, {"protocol": ["clean"]}, "train: protocol is ['clean'] (list); give text or None."),
     ("train", TRAIN, {"resume": "yes"}, "train: resume is 'yes' (str); give True or False."),
-    ("predict", PREDICT, {"model": None}, f"predict: model is None (NoneType); {PATH}"),
+    ("predict", PREDICT, {"model": None}, f"predict: model is None (NoneType); {PATH} or a run."),
     ("predict", PREDICT, {"inputs": 3}, f"predict: inputs is 3 (int); {PATH} or a list, each item of it a path"),
     ("predict", PREDICT, {"inputs": [None]}, "predict: inputs is [None] (list); give a path"),
     ("predict", PREDICT, {"inputs": {"a": 1}}, "predict: inputs is {'a': 1} (dict); give a path"),

@@ -9,7 +9,7 @@ import os
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
 
 from scantly.errors import ConfigError
 
@@ -46,7 +46,7 @@ def checked(**examples: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
     """Make a function check the types of its arguments against its annotations before it does anything.
 
     Whole numbers and numbers of NumPy are taken as Python's, any ``os.PathLike`` as a path; text is never taken for a
-    number, nor for a list of letters.
+    number, nor for a list of letters. ``Annotated[X, "words"]`` is called by its words.
 
     Args:
         examples: Parameter -> what to write, for instance ``labeled="7 or '10%'"``; ends the sentence about it.
@@ -113,6 +113,8 @@ def _words(hint: Any) -> str:
 
 def _word(part: Any) -> str:
     origin, inner = get_origin(part), get_args(part)
+    if origin is Annotated:
+        return str(inner[1])
     if origin is Literal:
         return " or ".join(map(repr, inner))
     if origin in _MANY:
@@ -139,6 +141,8 @@ def _fitted(value: Any, hint: Any) -> Any:
 
 
 def _fitted_to_one(value: Any, part: Any) -> Any:
+    if get_origin(part) is Annotated:
+        return _fitted(value, get_args(part)[0])
     origin, inner = get_origin(part), get_args(part)
     if origin in _MANY:
         return _fitted_items(value, origin, inner[0])

@@ -215,6 +215,7 @@ def _place_scans(folder: Path, cases: Mapping[str, list[Source]], ending: str, l
             target = folder / f"{name}_{channel:04d}{ending}"
             fault = name_too_long(target)
             if fault is not None:
+                fault = fault.removeprefix(f"{folder}{os.sep}")  # the folder is a temporary one
                 raise DatasetError(f"{path} cannot be placed: {fault}; give the scan a shorter name.")
             if isinstance(path, Series):
                 steps.begin(name)

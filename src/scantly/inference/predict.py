@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -288,7 +288,7 @@ class HasFolder(Protocol):
 
 @checked(series="'1.2.840.113619'")
 def predict(
-    model: str | Path | HasFolder,
+    model: str | Path | Annotated[HasFolder, "a run"],
     inputs: str | Path | Iterable[str | Path],
     out: str | Path,
     *,
