@@ -1,4 +1,4 @@
-# Everything sets itself up: `make demo`, `make test`, `make lint` create .venv when it is missing.
+# Everything sets itself up: `make demo`, `make test`, `make campaign`, `make lint` create .venv when it is missing.
 #
 #   PYTHON   the interpreter the virtual environment is made from (3.11 or newer)
 #   TORCH    what pip installs for PyTorch. The default is the pinned release as PyPI has it (on Linux with CUDA).
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 DEMO_OUT ?= demo-output
 WORKERS ?= 2
 
-.PHONY: demo test lint clean install
+.PHONY: demo test campaign lint clean install
 .DELETE_ON_ERROR:
 
 install: $(VENV)/.installed
@@ -25,9 +25,20 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 demo: install
 	$(BIN)/scantly demo --out $(DEMO_OUT)
 
+# Random search in the property tests, N examples of each; says how to repeat it.
+N ?= 1000
+ifndef SEED
+SEED := $(shell od -An -N4 -tu4 /dev/urandom | tr -d ' ')
+endif
+
 # One torch thread per process: two of them on one core each are faster than one on two.
 test: install
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+	OMP_NUM_THREADS=1 PYTHONHASHSEED=0 $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal
+
+campaign: install
+	@echo "random search, $(N) examples of each property; to repeat it: make campaign N=$(N) SEED=$(SEED)"
+	OMP_NUM_THREADS=1 SCANTLY_CAMPAIGN=$(N) $(BIN)/python -m pytest -n $(WORKERS) --dist worksteal -m hypothesis \
+		--hypothesis-seed=$(SEED)
 
 lint: install
 	$(BIN)/ruff check .

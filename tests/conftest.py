@@ -3,12 +3,23 @@
 from __future__ import annotations
 
 import os
+import random
+import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+from hypothesis import settings
 
 from scantly.data.phantom import write_phantom
+
+# Property tests look at the same examples in every run: a newcomer's run never fails by chance. Random search is a
+# campaign (make campaign), with as many examples of each as its number says; its seed repeats it.
+CAMPAIGN = int(os.environ.get("SCANTLY_CAMPAIGN", "0"))
+settings.register_profile("test", derandomize=True, deadline=None, database=None)
+settings.register_profile("campaign", derandomize=False, deadline=None, database=None, print_blob=True)
+settings.load_profile("campaign" if CAMPAIGN else "test")
 
 DATA = Path(os.environ.get("SCANTLY_DATA", Path(__file__).parents[2] / "shared" / "data"))
 
@@ -22,6 +33,27 @@ def real_data() -> Path:
             pytest.fail(message)
         pytest.skip(message)
     return DATA
+
+
+@pytest.hookimpl(trylast=True)  # hypothesis marks its tests in this hook
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A campaign's number of examples holds also where a test names its own."""
+    for item in items if CAMPAIGN else ():
+        if item.get_closest_marker("hypothesis") is not None:
+            test = item.function  # type: ignore[attr-defined]
+            test._hypothesis_internal_use_settings = settings(
+                test._hypothesis_internal_use_settings, max_examples=CAMPAIGN
+            )
+
+
+@pytest.fixture(autouse=True)
+def _same_chance() -> None:
+    """Every test draws the same from the global generators, whatever ran before it in its process."""
+    random.seed(0)
+    np.random.seed(0)  # noqa: NPY002 (libraries draw from it)
+    torch = sys.modules.get("torch")  # without it, it begins with a seed of its own, which is always the same
+    if torch is not None:
+        torch.manual_seed(0)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -48,7 +48,7 @@ _PLACES = {
     "compare": "scantly.report:compare",
     "evaluate": "scantly.training.folders:evaluate_folders",
     "init": "scantly.data.create:init",
-    "methods": "scantly.methods.catalogue:methods",
+    "methods": "scantly.methods",
     "plan": "scantly.training.resolve:plan",
     "predict": "scantly.inference.predict:predict",
     "train": "scantly.training.train:train",
@@ -59,8 +59,9 @@ def __getattr__(name: str) -> Any:
     """Import on first use: ``import scantly`` and ``scantly --help`` stay fast."""
     if name not in _PLACES:
         raise AttributeError(f"module 'scantly' has no attribute {name!r}")
-    module, _, attribute = _PLACES[name].partition(":")
-    value = getattr(import_module(module), attribute)
+    place, _, attribute = _PLACES[name].partition(":")
+    module = import_module(place)
+    value = getattr(module, attribute) if attribute else module  # the package of methods can be called
     globals()[name] = value
     return value
 

@@ -275,7 +275,7 @@ def test_ctrl_c_writes_a_checkpoint_and_resume_goes_on(scantly, small, sound: Pa
         assert process.stdout is not None
         assert process.stdout.readline() == "step\n"
         os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to the loader's processes too
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     assert process.returncode == 2
     assert "Traceback" not in err
     said, sentence = err.splitlines()[-2:]

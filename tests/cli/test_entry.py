@@ -27,7 +27,7 @@ def process(code: str, *words: str, **options: object) -> subprocess.CompletedPr
         capture_output=True,
         text=True,
         check=False,
-        timeout=60,
+        timeout=300,
         **options,
     )
 
@@ -116,7 +116,7 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
         stdout=write,
         stderr=subprocess.PIPE,
         check=False,
-        timeout=60,
+        timeout=300,
     )
     os.close(write)
     assert (done.returncode, done.stderr) == (0, b"")

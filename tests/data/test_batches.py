@@ -135,7 +135,7 @@ def test_labels_of_case_c_are_where_they_were_drawn(store: Store) -> None:
                 np.testing.assert_array_equal(batch.labels[row], expected)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(rows=st.integers(1, 15), seed=st.integers(0, 2**40))
 def test_each_labeled_slice_comes_at_most_once_per_epoch(store: Store, rows: int, seed: int) -> None:
     source = source_of(store, rows=(rows, 0), seed=seed)

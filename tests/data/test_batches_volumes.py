@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_datasets import write_dataset
 
@@ -63,7 +63,7 @@ def padded_as_published(volume: np.ndarray, patch: tuple[int, ...], margin: int)
     return np.pad(volume, [(pad, pad) for pad in pads])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     case=st.sampled_from(sorted(SHAPES)),
     patch=st.tuples(*[st.integers(4, 40)] * 3),
@@ -71,6 +71,7 @@ def padded_as_published(volume: np.ndarray, patch: tuple[int, ...], margin: int)
     fraction=st.sampled_from([0.0, 1.0]),
     seed=st.integers(0, 999),
 )
+@example(case="d", patch=(5, 4, 4), margin=5, fraction=0.0, seed=0)
 def test_patches_lie_in_the_volume_padded_as_published(
     store: Store, case: str, patch: tuple[int, int, int], margin: int, fraction: float, seed: int
 ) -> None:
@@ -87,6 +88,26 @@ def test_patches_lie_in_the_volume_padded_as_published(
         np.testing.assert_array_equal(image, windows[tuple(corner)])
     labels = np.where(batch.labeled[:, 0] > 0, batch.labeled[:, 0] % 3, 0)
     np.testing.assert_array_equal(batch.labels, labels)
+
+
+def test_a_margin_as_large_as_the_patch_leaves_no_patch_in_the_padding_alone(store: Store) -> None:
+    """By hand, case d of 5 x 60 x 21 and patches of 5 x 4 x 4 with a margin of 5.
+
+    Published, z is padded by 5 at both ends, so that a patch might begin at -5 or 5 and hold nothing of the case;
+    y and x are long enough for no padding: (4 - 60) // 2 + 5 and (4 - 21) // 2 + 5 are negative.
+    """
+    source = source_of(store, ("d",), rows=(8, 8), patch_size=(5, 4, 4), pad_margin=5)
+    corners = set()
+    for iteration in range(60):
+        batch = source[iteration]
+        for image in (*batch.labeled[:, 0].numpy(), *batch.unlabeled[:, 0].numpy()):
+            place = np.argwhere(image)[0]
+            voxel = np.array(np.unravel_index(int(image[tuple(place)]) - 1, SHAPES["d"]))
+            corners.add(tuple((voxel - place).tolist()))
+    assert {corner[0] for corner in corners} == set(range(-4, 5))
+    assert min(corner[1:] for corner in corners) >= (0, 0)
+    assert max(corner[1] for corner in corners) <= 56
+    assert max(corner[2] for corner in corners) <= 17
 
 
 @pytest.mark.parametrize("margin", [0, 3])

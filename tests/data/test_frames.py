@@ -50,7 +50,7 @@ def arrays_and_windows(draw: st.DrawFn) -> tuple[np.ndarray, tuple[int, ...], tu
     return array, chunks, tuple(window)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(arrays_and_windows())
 def test_any_part_of_any_array_is_exact(case: tuple[np.ndarray, tuple[int, ...], tuple[slice, ...]]) -> None:
     array, chunks, window = case

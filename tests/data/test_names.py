@@ -20,7 +20,7 @@ from scantly.files import normal_name
 from scantly.imaging import Geometry, write_label
 from scantly.inference.inputs import find_inputs
 from scantly.inference.outputs import refuse_overwriting
-from scantly.training.evaluate import evaluate_folders
+from scantly.training.folders import evaluate_folders
 
 NAMES = ["Jürgen", "Ångström", "서울"]
 NFC = [unicodedata.normalize("NFC", name) for name in NAMES]

@@ -33,7 +33,7 @@ def test_other_seed_or_subject_gives_other_anatomy_and_intensities(other: tuple[
     assert abs(np.corrcoef(image.ravel(), other_image.ravel())[0, 1]) < 0.95
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(seed=st.integers(0, 2**32 - 1), subject=st.integers(0, 10_000))
 def test_anatomy_holds_for_any_subject(seed: int, subject: int) -> None:
     image, label = generate_subject(seed, subject, SIZE)

@@ -189,7 +189,7 @@ def test_labels_beyond_255_classes_keep_their_values() -> None:
 shapes = st.tuples(st.integers(1, 6), st.integers(1, 14), st.integers(1, 14))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=shapes,
     more=st.tuples(st.integers(0, 9), st.integers(0, 9), st.integers(0, 9)),
@@ -210,7 +210,7 @@ def test_labels_survive_enlargement_and_return_exactly(
     np.testing.assert_array_equal(back, label.array)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shape=shapes,
     size=st.tuples(st.integers(1, 20), st.integers(1, 20), st.integers(1, 20)),

@@ -205,7 +205,7 @@ def test_plain_data_round_trips(cardiac: Dataset) -> None:
     share=st.integers(1, 100),
     seed=st.integers(0, 5),
 )
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 def test_parts_never_overlap(
     tmp_path_factory: pytest.TempPathFactory, subjects: list[tuple[int, int]], share: int, seed: int
 ) -> None:

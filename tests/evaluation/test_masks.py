@@ -9,7 +9,7 @@ from scantly.errors import ImageError
 from scantly.evaluation.masks import Mask, Pair, class_masks
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["uint8", "int16", "int64", "bool"]))
 def test_class_masks_hold_the_voxels_of_each_class(seed: int, dtype: str) -> None:
     rng = np.random.default_rng(seed)
@@ -25,7 +25,7 @@ def test_class_masks_hold_the_voxels_of_each_class(seed: int, dtype: str) -> Non
         assert mask.size == np.count_nonzero(labels == value)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(0, 2**32 - 1))
 def test_overlap_counts_shared_voxels(seed: int) -> None:
     rng = np.random.default_rng(seed)

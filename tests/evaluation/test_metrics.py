@@ -122,7 +122,7 @@ def _noise_pair(seed: int) -> tuple[np.ndarray, np.ndarray]:
 masks = st.integers(0, 2**32 - 1).map(_noise_pair)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(masks)
 def test_symmetry_bounds_and_flips(pair: tuple[np.ndarray, np.ndarray]) -> None:
     prediction, reference = pair
@@ -138,7 +138,7 @@ def test_symmetry_bounds_and_flips(pair: tuple[np.ndarray, np.ndarray]) -> None:
     assert dice(prediction, prediction) == 1 and hd95(prediction, prediction) == 0
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(masks, st.lists(st.integers(0, 5), min_size=3, max_size=3))
 def test_moving_both_masks_changes_nothing(pair: tuple[np.ndarray, np.ndarray], shift: list[int]) -> None:
     # only the image grows, on all sides: the outside of the array counts as background anyhow
@@ -150,7 +150,7 @@ def test_moving_both_masks_changes_nothing(pair: tuple[np.ndarray, np.ndarray], 
         assert metric(*moved) == pytest.approx(metric(*pair), abs=1e-12)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(masks, st.sampled_from([(1, 1, 1), (2.5, 0.8, 0.8), (0.3, 0.3, 7), (1.1, 2.3, 0.9)]))
 def test_distances_equal_brute_force(pair: tuple[np.ndarray, np.ndarray], spacing: tuple[float, float, float]) -> None:
     pair = tuple(mask[0] if mask.ndim == 3 and mask.shape[0] == 1 else mask for mask in pair)
@@ -290,7 +290,7 @@ def test_case_errors_name_case_value_and_cure() -> None:
         score_case(prediction, reference, classes=CLASSES, spacing=None, case="p1", convention="literatur")
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 6), st.sampled_from(["uint8", "int16", "int64"]))
 def test_dice_per_class_equals_dice_of_the_masks(seed: int, num_classes: int, dtype: str) -> None:
     rng = np.random.default_rng(seed)

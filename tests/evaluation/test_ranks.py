@@ -210,7 +210,7 @@ scores = st.integers(2, 6).flatmap(
 )
 
 
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @given(scores)
 def test_properties_of_rankings(values: list[list[int]]) -> None:
     grid = np.array(values) / 5

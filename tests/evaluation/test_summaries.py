@@ -131,7 +131,7 @@ def test_cases_of_a_subject_count_once() -> None:
 cell = st.one_of(st.floats(0, 1), st.sampled_from(["missed", "spurious", "both_empty"]))
 
 
-@settings(deadline=None, max_examples=20)
+@settings(max_examples=20)
 @given(st.data(), st.integers(1, 4), st.integers(1, 3), st.integers(1, 3), st.randoms(use_true_random=False))
 def test_summary_agrees_with_the_summaries_of_single_runs(data, cases, classes, seeds, random) -> None:  # type: ignore[no-untyped-def]
     """An independent path: summarize() of each run, aggregate_seeds() of those; whatever the order of the runs."""

@@ -26,7 +26,7 @@ def test_surface_of_a_block_that_fills_the_array() -> None:
     assert surface_voxels(np.zeros((3, 4), bool)).shape == (0, 2)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 3))
 def test_bounding_box_is_the_smallest(seed: int, ndim: int) -> None:
     rng = np.random.default_rng(seed)

@@ -141,7 +141,7 @@ def test_lossless_jpegs_of_itk_are_decoded(tmp_path: Path, coding: str) -> None:
     assert np.array_equal(read(tmp_path / "coded")[0], volume.stored)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     angles=st.tuples(*[st.floats(-3, 3)] * 3),
     spacing=st.tuples(*[st.floats(0.3, 8).map(lambda value: round(value, 4))] * 3),

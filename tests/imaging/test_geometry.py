@@ -60,7 +60,7 @@ def test_canonical_agrees_with_nibabel_and_is_undone_exactly(codes: str) -> None
     angle=st.floats(-0.7, 0.7),
     channels=st.integers(1, 2),
 )
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_oblique_grids_round_trip_too(shape: tuple[int, int, int], codes: str, angle: float, channels: int) -> None:
     turn = np.eye(4)
     turn[:2, :2] = [[np.cos(angle), -np.sin(angle)], [np.sin(angle), np.cos(angle)]]

@@ -42,7 +42,7 @@ def test_every_ending_round_trips(tmp_path: Path, sound: dict[str, bytes], endin
 
 
 @pytest.mark.parametrize("ending", imaging.ENDINGS)
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_damaged_files_only_ever_raise_image_errors(
     tmp_path: Path, sound: dict[str, bytes], ending: str, data: st.DataObject
@@ -64,7 +64,7 @@ def test_damaged_files_only_ever_raise_image_errors(
             assert result.array.shape[-3:] == result.geometry.shape
 
 
-@settings(max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(content=st.binary(max_size=600), ending=st.sampled_from(imaging.ENDINGS))
 def test_arbitrary_bytes_are_no_image(tmp_path: Path, content: bytes, ending: str) -> None:
     path = tmp_path / f"noise{ending}"

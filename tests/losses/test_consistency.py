@@ -140,7 +140,7 @@ def test_worked_numbers_of_the_entropy_masks():
     assert h[h >= high].tolist() == pytest.approx([0.5])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=st.lists(st.floats(-5, 5, width=32), min_size=1, max_size=30),
     share=st.floats(0, 1),

@@ -63,7 +63,7 @@ def test_contrast_is_that_of_slow_loops():
     )
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1000), factors=st.tuples(*[st.floats(1e-3, 1e3)] * 3))
 def test_contrast_does_not_see_the_length_of_a_vector(seed, factors):
     rng = np.random.default_rng(seed)
@@ -90,7 +90,7 @@ def test_worked_numbers_of_the_instance_divergence():
     assert loss.item() == pytest.approx(0.018727, abs=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1000), ratio=st.floats(0.1, 10))
 def test_divergence_is_at_least_zero_and_zero_where_the_logits_coincide(seed, ratio):
     generator = torch.Generator().manual_seed(seed)
@@ -247,7 +247,7 @@ def slow_label_propagation(anchors, candidates, used, positives, negatives, temp
 
 
 @pytest.mark.parametrize("level", ["class", "anchor"])
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     seed=st.integers(0, 1000),
     used=st.lists(st.booleans(), min_size=1, max_size=3),

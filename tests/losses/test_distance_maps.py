@@ -65,7 +65,7 @@ def test_squared_distances_are_exact(shape, transform):
 
 
 @given(seed=st.integers(0, 10_000), sides=st.lists(st.integers(1, 12), min_size=1, max_size=3), share=st.floats(0, 1))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_both_transforms_give_the_same_bits(seed, sides, share):
     mask = torch.rand(2, *sides, generator=torch.Generator().manual_seed(seed)) < share
     mask[:, *[0] * len(sides)] = True

@@ -248,7 +248,7 @@ def test_ranks_share_the_perturbed_weights_and_the_update(settings):
     for number, method in enumerate(methods):
         method.generator.manual_seed(number)
     passes = [Passes(method.network) for method in methods]
-    shared = threading.Barrier(2, timeout=60), [None, None]
+    shared = threading.Barrier(2, timeout=300), [None, None]
     batches = [make_batch(seed=seed) for seed in range(2)]
 
     def train(number):

@@ -68,7 +68,6 @@ def test_tiling_of_the_background():
     assert (coverage == 1).all()
 
 
-@settings(deadline=None)
 @given(st.data())
 def test_tiles_lie_inside_the_image_and_cover_the_stretch(data):
     size = data.draw(st.integers(1, 60))
@@ -119,7 +118,6 @@ def test_suppression_drops_equal_boxes_but_the_last_and_none_far_away():
     assert suppress(starts, (16, 16)) == [1, 2]
 
 
-@settings(deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=12))
 def test_suppression_agrees_with_a_loop(tiles):
     remaining, kept, side = list(range(len(tiles))), [], 10
@@ -437,7 +435,7 @@ def test_queues_never_exceed_their_capacity_and_keep_the_newest():
     assert queues[0].values.max() == 99
 
 
-@settings(deadline=None, max_examples=30)
+@settings(max_examples=30)
 @given(pushes=st.lists(st.integers(1, 12), min_size=1, max_size=8), seed=st.integers(0, 99))
 def test_statistics_follow_the_rows_that_are_held(pushes, seed):
     queues, generator = ClassQueues(2, 7, 3), rng(seed)

@@ -8,7 +8,7 @@ from itertools import pairwise, product
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scantly.methods.parts.samplers import (
@@ -124,7 +124,6 @@ def test_without_differences_between_groups_strata_change_nothing(draws):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@settings(deadline=None)
 @given(
     counts=st.lists(st.integers(0, 9), min_size=1, max_size=4),
     draws=st.integers(1, 20),
@@ -230,7 +229,6 @@ def test_the_grid_orders_by_cell_then_image_then_voxel(batch, size, cells):
     assert grid_order(batch, size, cells, torch.device("cpu")).tolist() == expected
 
 
-@settings(deadline=None)
 @given(
     rows=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4),
     order=st.none() | st.permutations(range(6)),
@@ -268,7 +266,6 @@ def test_strata_of_the_grid_are_cells_of_the_image():
     assert sorted((by_scan[0] // 4).tolist()) == list(range(16))
 
 
-@settings(deadline=None)
 @given(
     rows=st.lists(st.lists(st.booleans(), min_size=7, max_size=7), min_size=1, max_size=4),
     draws=st.integers(0, 7),

@@ -109,7 +109,7 @@ def test_the_worked_way_back():
     assert ((back - 0.723937) / math.sqrt(0.475915)).item() == pytest.approx(0.228842, abs=3e-6)  # its noise
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 1000), first=st.integers(1, 999), share=st.floats(0, 1, exclude_max=True))
 def test_with_the_true_map_a_step_back_is_the_sample_of_the_same_noise(seed, first, share):
     schedule, earlier = NoiseSchedule(), int(first * share)

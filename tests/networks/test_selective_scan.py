@@ -118,7 +118,7 @@ def test_values_and_gradients_are_those_of_the_recurrence(chunk):
     assert_agree(ours, with_gradients(doubling_scan, inputs), 1e-12)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.integers(1, 3),
     st.integers(1, 70),

@@ -13,7 +13,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from scantly.methods import catalogue
@@ -121,7 +121,6 @@ def configs(recipe: str) -> list[tuple[str, str, Any, int]]:
 
 
 @pytest.mark.parametrize("recipe", known_recipes())
-@settings(deadline=None)
 @given(share=st.floats(0, 1, exclude_max=True))
 def test_a_ramp_keeps_its_proportions_in_a_shortened_run(recipe, share):
     for kind, name, config, steps in configs(recipe):

@@ -66,7 +66,7 @@ def test_gamma_by_hand() -> None:
     assert torch.allclose(squared.flatten(), torch.tensor([2.0, 2.25, 3.0, 6.0]), atol=1e-6)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(scale=st.floats(0.01, 3000), offset=st.floats(-1000, 1000), seed=st.integers(0, 1000), clip=st.booleans())
 def test_jitter_and_gamma_do_not_depend_on_the_unit(scale: float, offset: float, seed: int, clip: bool) -> None:
     images = torch.rand(3, 2, 6, 7, generator=generator(seed), dtype=torch.float64)

@@ -64,7 +64,7 @@ def test_half_area_boxes() -> None:
     assert edges.min() >= 31 and edges[:, 1].unique().numel() > 20
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(
     size=st.one_of(
         st.tuples(st.integers(1, 40), st.integers(1, 40)),

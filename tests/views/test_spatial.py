@@ -90,7 +90,7 @@ def test_quarter_turns_refuse_sides_of_different_length() -> None:
         views.apply_orthogonal(torch.zeros(2, 1, 8, 9), params)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     kind=st.sampled_from(["official", "flips", "independent"]),
     size=st.sampled_from([(4, 4), (3, 5), (2, 4, 4), (3, 2, 5)]),
@@ -181,7 +181,7 @@ def test_in_plane_map_of_a_volume_is_that_of_each_slice() -> None:
     assert torch.equal(views.apply_affine(volume, params), expected)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 10_000),
     size=st.sampled_from([(9, 9), (3, 8, 11)]),

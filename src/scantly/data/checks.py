@@ -15,6 +15,7 @@ from typing import Literal
 import numpy as np
 
 from scantly import imaging
+from scantly.arguments import checked
 from scantly.data.dataset import channel_sentence, geometry_sentence, label_fault
 from scantly.data.layout import Case, Description, Fault, Scan, describe, files_of, scan, visible
 from scantly.data.splitfile import SplitFile, left_out, listed, on_both_sides, read_split_file, split_faults
@@ -41,6 +42,7 @@ class Finding:
     message: str
 
 
+@checked()
 def check(dataset_root: str | Path, *, progress: Callable[[int, int, str], None] | None = None) -> list[Finding]:
     """Read a whole dataset folder and list every fault.
 

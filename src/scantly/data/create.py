@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from scantly import imaging
+from scantly.arguments import checked
 from scantly.data.dataset import Dataset
 from scantly.data.gather import Gathered, common_ending, gather
 from scantly.errors import DatasetError, ImageError, ScantlyError, together
@@ -28,6 +29,7 @@ log = logging.getLogger("scantly")
 _MOST_VALUES = 256
 
 
+@checked()
 def init(
     dataset_root: str | Path,
     images: str | Path,

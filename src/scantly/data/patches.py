@@ -91,7 +91,9 @@ class Patches:
         """First and last corner of a patch; negative ones begin in the zeros that surround a small case.
 
         The padding is the plan's: what is missing, or, with a margin, the literature's for LA. That one is on
-        every axis as soon as one side of the case is not larger than the patch.
+        every axis as soon as one side of the case is not larger than the patch. Where such a margin reaches as far as
+        the patch itself (none of the literature's does) the patch is kept on the case by a voxel: one that lies in
+        the padding alone would show nothing.
         """
         lows, highs = [], []
         sides, shape = self.sides, self._shape(case)
@@ -101,7 +103,7 @@ class Patches:
         for axis, (n, side) in enumerate(zip(shape, sides, strict=True)):
             if small and axis >= first:
                 pad = max((side - n) // 2 + margin, 0)
-                low, high = -pad, n + pad - side
+                low, high = max(-pad, 1 - side), min(n + pad - side, n - 1)
             else:
                 low = -(max(side - n, 0) // 2)
                 high = low + max(n - side, 0)

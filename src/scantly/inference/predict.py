@@ -8,12 +8,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 
 from scantly._version import __version__
+from scantly.arguments import checked
 from scantly.data.prepare import prepare, restore
 from scantly.errors import ConfigError, DeviceError, ImageError, ScantlyError, listing, unknown_name
 from scantly.files import digest, sole_writer
@@ -41,6 +42,7 @@ __all__ = ["Outcome", "Predictor", "predict", "predict_folder", "select_device"]
 
 _LOGGER = logging.getLogger("scantly")
 _PRECISIONS = ("32", "bf16")
+_DEVICES = ("auto", "cpu", "cuda")
 
 
 def select_device(name: str) -> torch.device:
@@ -48,7 +50,10 @@ def select_device(name: str) -> torch.device:
 
     Raises:
         DeviceError: for ``cuda`` without a usable GPU.
+        ConfigError: for a device that does not exist.
     """
+    if name not in _DEVICES:
+        raise ConfigError(unknown_name("device", name, _DEVICES))
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and not torch.cuda.is_available():
@@ -282,9 +287,19 @@ def _key(predictor: Predictor, file: Path) -> str:
     return digest({"scantly": __version__, "model": weights, "settings": settings, "method": method})
 
 
+@runtime_checkable
+class HasFolder(Protocol):
+    """What lies in a folder that holds its ``model.safetensors``: a :class:`~scantly.training.run.Run`."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
+
+
+@checked(series="'1.2.840.113619'")
 def predict(
-    model: str | Path,
-    inputs: Iterable[str | Path],
+    model: str | Path | Annotated[HasFolder, "a run"],
+    inputs: str | Path | Iterable[str | Path],
     out: str | Path,
     *,
     uncertainty: bool = False,
@@ -304,8 +319,8 @@ def predict(
     left alone as long as model, settings and input files are the same.
 
     Args:
-        model: Run folder, or a ``model.safetensors``.
-        inputs: Files, folders of files, or folders of DICOM series.
+        model: A run, its folder, or a ``model.safetensors``.
+        inputs: Files, folders of files, or folders of DICOM series; one, or several.
         out: Folder for the predictions.
         uncertainty: Write ``<case>_uncertainty`` beside each.
         probabilities: Write ``<case>_probabilities.nii.gz`` beside each, axes (x, y, z, class).
@@ -331,8 +346,8 @@ def predict(
         DeviceError: if the memory does not suffice for a scan.
     """
     outcome = predict_folder(
-        model,
-        inputs,
+        model if isinstance(model, str | Path) else model.folder,
+        [inputs] if isinstance(inputs, str | Path) else inputs,
         out,
         uncertainty=uncertainty,
         probabilities=probabilities,

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
 
 from scantly._version import __version__
+from scantly.arguments import checked
 from scantly.evaluation import CONVENTIONS, DEFINITIONS
 from scantly.files import write_text
 from scantly.report.board import board, published_rows
@@ -29,9 +30,7 @@ from scantly.report.tables import (
     overview,
     statistics,
 )
-
-if TYPE_CHECKING:
-    from scantly.training.run import Run
+from scantly.training.run import Run
 
 __all__ = ["Extras", "compare", "open_run", "write_page"]
 
@@ -52,6 +51,7 @@ class _Legend:
     dash: str
 
 
+@checked(runs="['runs/a', 'runs/b']")
 def compare(runs: Sequence[Run | str | Path], out: str | Path = "report.html", *, split: str | None = None) -> Path:
     """Compare evaluated runs on one self-contained HTML page.
 
@@ -162,9 +162,7 @@ def _link(folder: Path, page: Path) -> str:
 def open_run(run: Run | str | Path) -> Run:
     """A run by itself or by its folder."""
     if isinstance(run, str | Path):
-        from scantly.training.run import Run as RunFolder
-
-        return RunFolder.open(run)
+        return Run.open(run)
     return run
 
 

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from scantly.arguments import checked
 from scantly.data.unread import not_readable, several
 from scantly.errors import ImageError, ScantlyError
 from scantly.evaluation import Convention, Row, score_case
@@ -28,6 +29,7 @@ _NAMED = 20
 _BESIDE = ("_uncertainty", "_probabilities")
 
 
+@checked(classes="['background', 'heart']")
 def evaluate_folders(
     predictions: str | Path,
     labels: str | Path,

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from scantly import networks
+from scantly.arguments import checked
 from scantly.data.dataset import Dataset
 from scantly.data.plan import Plan, make_plan
 from scantly.data.splits import Split, resolve_split
@@ -116,7 +117,7 @@ def _refuse_conflicts(flags: Mapping[str, Any], sets: Mapping[str, Any]) -> None
 def resolve(
     dataset: str | Path,
     *,
-    recipe: str | None = None,
+    recipe: str | Path | None = None,
     config_file: str | Path | None = None,
     flags: Mapping[str, Any] | None = None,
     sets: Sequence[str] | Mapping[str, Any] = (),
@@ -137,6 +138,7 @@ def resolve(
         ConfigError: naming every unknown key or bad value.
         DatasetError: if the dataset folder or the number of labeled units does not fit.
     """
+    recipe = None if recipe is None else str(recipe)
     written = read_recipe(recipe) if recipe else {}
     file = read_yaml(Path(config_file)) if config_file else {}
     refuse_unknown(file, SECTIONS, str(config_file))
@@ -185,10 +187,11 @@ def _in_proportion(base: dict[str, Any], stronger: Mapping[str, Any]) -> dict[st
     return merge({"training": {"published_steps": own["steps"]}}, base, {"training": intervals})
 
 
+@checked()
 def plan(
     dataset: str | Path,
     *,
-    recipe: str | None = None,
+    recipe: str | Path | None = None,
     config_file: str | Path | None = None,
     flags: Mapping[str, Any] | None = None,
     sets: Sequence[str] | Mapping[str, Any] = (),

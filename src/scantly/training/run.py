@@ -10,6 +10,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from scantly.arguments import checked
 from scantly.data.splits import Split
 from scantly.errors import ConfigError, RunError
 from scantly.files import read_json, read_text, read_yaml, sole_writer, write_json, write_yaml
@@ -31,10 +32,12 @@ class Run:
         folder: The run folder; use :meth:`open` for one that exists.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    @checked()
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
 
     @classmethod
+    @checked()
     def open(cls, folder: str | Path) -> Run:
         """Open an existing run.
 
@@ -129,6 +132,7 @@ class Run:
         seconds = times["time/seconds_per_iteration"] * steps
         return float(seconds.sum() / steps.sum()), float((seconds * times["time/data_wait"]).sum() / seconds.sum())
 
+    @checked()
     def evaluation(self, split: str) -> pd.DataFrame | None:
         """Per-case table of a split; ``None`` if it was not evaluated."""
         from scantly.evaluation import load_table
@@ -136,6 +140,7 @@ class Run:
         path = self.folder / "evaluation" / f"{split}.csv"
         return load_table(path) if path.is_file() else None
 
+    @checked()
     def summary(self, split: str) -> dict[str, Any]:
         """Means and counts of an evaluated split.
 
@@ -147,10 +152,12 @@ class Run:
             raise RunError(f"{self.folder} has no evaluation of '{split}'; run scantly evaluate {self.folder} first.")
         return read_json(path)
 
+    @checked()
     def predictions(self, split: str) -> Path:
         """Folder of the predictions of a split."""
         return self.folder / "predictions" / split
 
+    @checked()
     def evaluate(self, split: str | None = None, *, device: str = "auto") -> Run:
         """Predict a split, write the per-case table and its summary; returns the run itself.
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from scantly.arguments import checked
 from scantly.data.build import build_store
 from scantly.data.dataset import Dataset
 from scantly.data.store import Store
@@ -34,13 +35,14 @@ __all__ = ["build_method", "train", "train_config"]
 _LOGGER = logging.getLogger("scantly")
 
 
+@checked(labeled="7 or '10%'", size="(64, 64)", settings="['method.consistency=0.5']")
 def train(
     dataset: str | Path,
     *,
     method: str,
     out: str | Path,
     labeled: int | str | None = None,
-    recipe: str | None = None,
+    recipe: str | Path | None = None,
     protocol: str | None = None,
     steps: int | None = None,
     seed: int | None = None,
@@ -58,7 +60,7 @@ def train(
         method: Name in the catalogue.
         out: Run folder, new, or one of the same configuration.
         labeled: Number of labeled subjects, a share such as ``"10%"``, or ``None`` for all.
-        recipe: Name of a recipe.
+        recipe: Name of a recipe, or a YAML file of one's own.
         protocol: ``clean`` or ``literature``.
         steps: Iterations, all stages together.
         seed: Seed of everything drawn.
