@@ -8,13 +8,13 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
 from scantly._version import __version__
-from scantly.arguments import checked
+from scantly.arguments import HasFolder, checked
 from scantly.data.prepare import prepare, restore
 from scantly.errors import ConfigError, DeviceError, ImageError, unknown_name
 from scantly.files import digest
@@ -275,15 +275,6 @@ def _failures(failed: Sequence[ImageError], total: int, folder: Path) -> ImageEr
         f"{len(failed)} of {total} scans cannot be predicted{others}; mend or remove them and give the same command "
         f"again:\n{listed}"
     )
-
-
-@runtime_checkable
-class HasFolder(Protocol):
-    """What lies in a folder that holds its ``model.safetensors``: a :class:`~scantly.training.run.Run`."""
-
-    @property
-    def folder(self) -> Path:
-        """The folder."""
 
 
 @checked(series="'1.2.840.113619'")
