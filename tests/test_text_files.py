@@ -155,7 +155,6 @@ def test_another_thing_than_an_object_is_named(tmp_path: Path, text: str, what: 
 PLACES: list[tuple[str, str, Callable[[Path], Any]]] = [
     ("dataset.json", "json", lambda path: Dataset.open(path.parent)),
     ("splits.json", "json", lambda path: read_split_file(path.parent)),
-    (".scantly-predictions.json", "json", lambda path: Journal(path.parent, "key")),
     ("environment.json", "json", lambda path: Run(path.parent).environment),
     ("evaluation/val.json", "json", lambda path: Run(path.parent.parent).summary("val")),
     ("config.yaml", "yaml", lambda path: Run(path.parent).config),
@@ -232,3 +231,20 @@ def test_wrong_kinds_in_splits_json_are_told_in_json_s_words(tmp_path: Path, con
 def test_a_table_of_semicolons_is_told(tmp_path: Path) -> None:
     said = sentence(load_table, tmp_path / "t.csv", "case;class;status;dice\na;heart;scored;0,5\n")
     assert " is separated by semicolons" in said
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "it is empty"),
+        (b"[1]", "it holds a list, not an object"),
+        ("{}".encode("utf-16"), "it is saved as UTF-16"),
+        (
+            b'{"key": "a",',
+            "it is not valid JSON (line 1, column 13: expecting property name enclosed in double quotes)",
+        ),
+    ],
+)
+def test_a_damaged_journal_may_be_removed(tmp_path: Path, content: bytes, reason: str) -> None:
+    said = sentence(lambda path: Journal(path.parent, "key"), tmp_path / Journal.NAME, content)
+    assert said == f" does not list predictions; remove it, and all scans are predicted ({reason})."

@@ -9,11 +9,11 @@ import os
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, ParamSpec, TypeVar, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, ParamSpec, Protocol, TypeVar, Union, get_args, get_origin, runtime_checkable
 
 from scantly.errors import ConfigError
 
-__all__ = ["checked"]
+__all__ = ["HasFolder", "checked"]
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -36,6 +36,15 @@ _PLAIN: dict[Any, tuple[Callable[[Any], bool], Callable[[Any], Any]]] = {
 
 _MANY = (Collection, Iterable, Sequence, list, tuple)
 _LONGEST = 60
+
+
+@runtime_checkable
+class HasFolder(Protocol):
+    """What lies in a folder: a :class:`~scantly.training.run.Run`, for functions that must not import it."""
+
+    @property
+    def folder(self) -> Path:
+        """The folder."""
 
 
 class _UnfitError(Exception):

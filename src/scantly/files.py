@@ -282,7 +282,7 @@ def read_json(path: Path) -> dict[str, Any]:
     except RecursionError:
         raise ConfigError(f"{path} is not valid JSON (it is nested too deeply); mend or remove it.") from None
     if not isinstance(value, dict):
-        raise ConfigError(f"{path} holds {kind_of(value)}, not an object; write {{...}}.")
+        raise ConfigError(f"{path} holds {kind_of(value)}, not an object; write {{...}} or remove it.")
     return value
 
 

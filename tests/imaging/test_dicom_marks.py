@@ -185,9 +185,9 @@ def test_all_files_that_cannot_be_read_are_named(tmp_path: Path) -> None:
         find_cases(tmp_path)
     named = "holds 3 files that cannot be read as DICOM images, case/IM0001, case/IM0003, case/x.dcm"
     assert f"{named}; of the first: {path.parent}" in str(caught.value) and "\n" not in str(caught.value)
-    broken: list[ImageError] = []
+    broken: list[tuple[str, ImageError]] = []
     assert find_cases(tmp_path, broken=broken) == {}
-    assert [str(error) for error in broken] == [str(caught.value)]
+    assert [(name, str(error)) for name, error in broken] == [(tmp_path.name, str(caught.value))]
 
 
 def test_every_file_that_is_not_used_is_named_with_its_reason(tmp_path: Path, caplog) -> None:

@@ -97,9 +97,9 @@ def test_a_copied_case_folder_is_told_as_a_copy(tmp_path: Path) -> None:
         with pytest.raises(ImageError) as caught:
             find_cases(tmp_path, collection=collection)
         assert str(caught.value) == said
-    broken: list[ImageError] = []
+    broken: list[tuple[str, ImageError]] = []
     assert list(find_cases(tmp_path, broken=broken)) == ["case1", "case2"]
-    assert [str(error) for error in broken] == [said]
+    assert [(name, str(error)) for name, error in broken] == [("case1 - copy", said)]
     with pytest.raises(ImageError, match="hold the same series"):
         find_cases(tmp_path, series="1.2.1")
 

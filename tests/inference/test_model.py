@@ -61,7 +61,14 @@ def test_equal_models_are_equal_bytes_and_metadata_is_one_entry(tmp_path):
 
 
 def test_a_missing_model_says_how_to_get_one(tmp_path):
-    with pytest.raises(RunError, match="--resume"):
+    with pytest.raises(RunError, match=r"does not exist; give the run folder of a finished training"):
+        load_model(tmp_path)
+    (tmp_path / "config.yaml").touch()
+    with pytest.raises(RunError, match=r"the training has not finished; it left no checkpoint"):
+        load_model(tmp_path)
+    (tmp_path / "checkpoints").mkdir()
+    (tmp_path / "checkpoints" / "last.ckpt").touch()
+    with pytest.raises(RunError, match=r"the training has not finished; continue it with --resume"):
         load_model(tmp_path)
 
 

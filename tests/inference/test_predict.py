@@ -292,7 +292,7 @@ def test_whatever_is_wrong_with_one_scan_the_others_are_predicted(trained, cohor
         "b": "named <case>_0000, <case>_0001, ...",
         "c": "too large.",
         "d": "d_0000.nii.gz does not exist.",
-        long: "which has 259 bytes; shorten its name to fit 255.",
+        long: f"a name of 259 bytes, 255 are possible; give the scan '{long}' a shorter name.",
     }
     assert sorted(name for name, _ in outcome.failed) == sorted(ends)
     assert all(str(error).endswith(ends[name]) for name, error in outcome.failed)

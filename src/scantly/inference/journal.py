@@ -47,9 +47,14 @@ class Journal:
         self._done: dict[str, _Done] = {}
         self._written_at = -_SECONDS_BETWEEN_WRITES
         if self._path.is_file():
-            found = read_json(self._path)
+            cure = "does not list predictions; remove it, and all scans are predicted"
+            try:
+                found = read_json(self._path)
+            except ConfigError as error:
+                reason = str(error).removeprefix(f"{self._path} ").partition(";")[0]
+                raise ConfigError(f"{self._path} {cure} (it {reason}).") from error
             if not _is_journal(found):
-                raise ConfigError(f"{self._path} does not list predictions; remove it, and all scans are predicted.")
+                raise ConfigError(f"{self._path} {cure}.")
             if found["key"] == key:
                 self._done = found["done"]
             else:

@@ -8,17 +8,18 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Protocol, runtime_checkable
+from typing import Annotated, Any
 
 import numpy as np
 import torch
 
 from scantly._version import __version__
-from scantly.arguments import checked
+from scantly.arguments import HasFolder, checked
 from scantly.data.prepare import prepare, restore
 from scantly.errors import ConfigError, DeviceError, ImageError, ScantlyError, listing, unknown_name
 from scantly.files import digest, sole_writer
 from scantly.imaging import Geometry, read_image
+from scantly.imaging.decoding import within_memory
 from scantly.imaging.dicom import Series
 from scantly.imaging.dicom_seg import require_highdicom
 from scantly.imaging.volumes import Source
@@ -142,7 +143,8 @@ class Predictor:
                 "labels may be poor.",
                 images[0],
             )
-        prepared, record = prepare(image, plan)
+        with within_memory(images[0]):
+            prepared, record = prepare(image, plan)
         del image  # a large scan is needed once
         need = _bytes_on_own_grid(len(task.classes), prepared, geometry, probabilities=probabilities)
         free = available_bytes(torch.device("cpu"))
@@ -285,15 +287,6 @@ def _key(predictor: Predictor, file: Path) -> str:
     settings = {**predictor.settings.to_dict(), "precision": predictor.precision}
     method = dict(predictor.model.changed)
     return digest({"scantly": __version__, "model": weights, "settings": settings, "method": method})
-
-
-@runtime_checkable
-class HasFolder(Protocol):
-    """What lies in a folder that holds its ``model.safetensors``: a :class:`~scantly.training.run.Run`."""
-
-    @property
-    def folder(self) -> Path:
-        """The folder."""
 
 
 @checked(series="'1.2.840.113619'")

@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 from urllib.parse import quote
 
 import jinja2
 from markupsafe import Markup
 
 from scantly._version import __version__
-from scantly.arguments import checked
+from scantly.arguments import HasFolder, checked
 from scantly.evaluation import CONVENTIONS, DEFINITIONS
 from scantly.files import write_text
 from scantly.report.board import board, published_rows
@@ -30,7 +30,13 @@ from scantly.report.tables import (
     overview,
     statistics,
 )
-from scantly.training.run import Run
+
+if TYPE_CHECKING:
+    from scantly.training.run import Run
+
+    AnyRun = Run
+else:  # a run is known by its folder: importing the report does not import torch
+    AnyRun = Annotated[HasFolder, "a run"]
 
 __all__ = ["Extras", "compare", "open_run", "write_page"]
 
@@ -52,7 +58,7 @@ class _Legend:
 
 
 @checked(runs="['runs/a', 'runs/b']")
-def compare(runs: Sequence[Run | str | Path], out: str | Path = "report.html", *, split: str | None = None) -> Path:
+def compare(runs: Sequence[AnyRun | str | Path], out: str | Path = "report.html", *, split: str | None = None) -> Path:
     """Compare evaluated runs on one self-contained HTML page.
 
     Runs that differ in their seed only are aggregated; runs of different protocol kinds get separate sections
@@ -162,7 +168,9 @@ def _link(folder: Path, page: Path) -> str:
 def open_run(run: Run | str | Path) -> Run:
     """A run by itself or by its folder."""
     if isinstance(run, str | Path):
-        return Run.open(run)
+        from scantly.training.run import Run as RunFolder
+
+        return RunFolder.open(run)
     return run
 
 
