@@ -143,10 +143,11 @@ def _measured_rows(path: Path, name: str) -> Iterator[tuple[str, ...]]:
     for row in rows:
         method, _, own = row["method"].partition(":")
         if method == name:
+            form = " (before its correction)" if name in table.get("earlier_form", ()) else ""
             base = baselines.get(row["labeled"])
             yield (
                 f"[{path.stem}](../../benchmarks/results/{path.name})",
-                ", ".join(f"`{setting}`" for setting in own.split(",") if setting) or "the recipe's",
+                (", ".join(f"`{setting}`" for setting in own.split(",") if setting) or "the recipe's") + form,
                 str(row["labeled"]),
                 str(row["seeds"]),
                 f"{row['dice']:.3f}",

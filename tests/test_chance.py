@@ -46,7 +46,7 @@ def test_the_global_generators_begin_alike_in_every_test(time: int) -> None:
 
 def _search(folder: Path, *, seed: int, campaign: int) -> str:
     """What a test that was written to the folder has seen, under the settings of this project's tests."""
-    (folder / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text())
+    (folder / "conftest.py").write_text((ROOT / "tests" / "conftest.py").read_text(encoding="utf-8"), encoding="utf-8")
     (folder / "test_search.py").write_text(SEARCH)
     environment = os.environ | {"SCANTLY_CAMPAIGN": str(campaign)}
     words = ["-q", "-s", "-p", "no:cacheprovider", "-p", "no:xdist", f"--hypothesis-seed={seed}", str(folder)]
@@ -66,6 +66,8 @@ def test_a_campaign_searches_as_often_as_asked_and_its_seed_repeats_it(tmp_path:
 def test_no_test_draws_from_a_generator_without_a_seed() -> None:
     unseeded = re.compile(r"default_rng\(\)|random\.Random\(\)|SystemRandom|torch\.seed\(")
     found = [
-        path.name for path in ROOT.glob("tests/**/*.py") if path != Path(__file__) and unseeded.search(path.read_text())
+        path.name
+        for path in ROOT.glob("tests/**/*.py")
+        if path != Path(__file__) and unseeded.search(path.read_text(encoding="utf-8"))
     ]
     assert not found

@@ -128,7 +128,7 @@ def _word(part: Any) -> str:
         return " or ".join(map(repr, inner))
     if origin in _MANY:
         return f"a list, each item of it {_words(inner[0])}"
-    if origin is Mapping:
+    if origin in (Mapping, dict):
         return "a dictionary"
     if origin is Callable:
         return "a function"
@@ -166,6 +166,8 @@ def _fitted_to_one(value: Any, part: Any) -> Any:
         _require(isinstance(value, str | int | None) and value in inner)
     elif origin is Callable:
         _require(callable(value))
+    elif origin is dict:  # one that is filled: the caller's own, not a copy
+        _require(isinstance(value, dict))
     elif part is not Any:
         _require(isinstance(value, part))
     return value

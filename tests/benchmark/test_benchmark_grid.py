@@ -356,7 +356,8 @@ def test_stopped_by_ctrl_c_then_killed_and_the_same_in_the_end(
     assert printed == ""
     assert "Traceback" not in said
     assert said.splitlines()[-1] == (
-        "scantly: stopped with 1 of 4 cells done; the same command goes on, inside a cell from its last checkpoint."
+        "scantly: stopped with 1 of 4 cells done; the same command goes on, inside a cell from its last checkpoint if "
+        "it has one."
     )
     assert names(opened(spec, out).state().done) == CELLS[:1]
     before = times(out / "cells" / CELLS[0])

@@ -249,7 +249,7 @@ def test_compare_prints_the_table_and_writes_the_report(scantly, trained: Path, 
     assert outcome.status == 0, outcome.err
     assert outcome.out.startswith("test cases, protocol clean\n")
     assert outcome.out.endswith(f"report: {report}\n")
-    assert report.read_text().lstrip().lower().startswith("<!doctype html")
+    assert report.read_text(encoding="utf-8").lstrip().lower().startswith("<!doctype html")
     document = json.loads(scantly("compare", trained, "--out", report, "--json").out)
     assert document["report"] == str(report)
     summary = json.loads((trained / "evaluation" / "test.json").read_text())

@@ -55,7 +55,7 @@ def test_a_copy_of_the_weights_alone_predicts_what_evaluate_predicted(runs, real
 
 
 def test_the_report_compares_them(runs, tmp_path):
-    page = scantly.compare(runs, tmp_path / "report.html").read_text()
+    page = scantly.compare(runs, tmp_path / "report.html").read_text(encoding="utf-8")
     for text in ("Mean Teacher", "Supervised", "RV", "MYO", "LV", "HD95", "voxels", "missed", "spurious"):
         assert text in page, text
     assert 'src="http' not in page

@@ -7,10 +7,19 @@ import logging
 
 import torch
 
-__all__ = ["say_slow_bf16", "without_autocast"]
+__all__ = ["emulates_bf16", "say_slow_bf16", "without_autocast"]
 
 _LOGGER = logging.getLogger("scantly")
 _EMULATES_BF16 = ("NO AVX", "AVX2")  # measured with AVX2: a convolution is 11 times slower
+
+
+def emulates_bf16(device: str) -> bool:
+    """Whether bf16 is emulated on a device: on x86 processors with no more than AVX2.
+
+    Args:
+        device: Its type, for instance ``cpu``.
+    """
+    return device == "cpu" and torch.backends.cpu.get_cpu_capability() in _EMULATES_BF16
 
 
 @functools.cache
@@ -20,7 +29,7 @@ def say_slow_bf16(device: str) -> None:
     Args:
         device: Type of the device that bf16 is asked for on, for instance ``cpu``.
     """
-    if device == "cpu" and torch.backends.cpu.get_cpu_capability() in _EMULATES_BF16:
+    if emulates_bf16(device):
         _LOGGER.warning(
             "this processor has no instructions for bf16, which makes convolutions more than ten times slower than in "
             "float32; use --precision 32."
