@@ -128,7 +128,7 @@ def test_settings_of_the_specification_are_the_defaults():
     assert (config.hard_labels, config.strong_views, config.ascent_steps, config.ema_decay) == (True, 1, 1, None)
     assert (config.perturbation_source, config.second_targets, config.second_view) == ("unsupervised", "same", "same")
     assert (config.second_statistics, config.replay_dropout, config.pseudo_label_mode) == ("unchanged", True, "train")
-    assert (config.cutmix.probability, config.cutmix.area, config.cutmix.aspect) == (0.5, (0.02, 0.4), (0.3, 3.33))
+    assert (config.cutmix.probability, config.cutmix.area, config.cutmix.aspect) == (0.5, (0.02, 0.4), (0.3, 1 / 0.3))
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,7 @@ def test_the_weaker_layer_gives_way(cohort, tmp_path, tiny):
         sets=["training.lr=0.25", "method.consistency=0.5"],
     )
     training = config.training
-    assert (training.power, training.precision) == (0.9, "bf16")  # default, recipe
+    assert (training.power, training.precision) == (0.9, "32")  # default, recipe
     assert (training.momentum, training.steps, training.lr) == (0.5, 7, 0.25)  # file, flag, --set
     assert config.method["consistency"] == 0.5
     assert config.method["published_iterations"] == 1500  # the recipe's methods section

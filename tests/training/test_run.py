@@ -149,7 +149,7 @@ def test_the_best_iteration_is_the_model_where_the_protocol_selects_it(config, t
 
 def test_validation_cases_without_any_structure_choose_some_iteration(cohort, tiny, tmp_path, monkeypatch):
     """Neither labels nor predictions hold a class: no Dice is defined, and the run must still end with a model."""
-    monkeypatch.setattr("scantly.training.validation.dice_per_class", lambda *_: np.full(3, np.nan))
+    monkeypatch.setattr("scantly.training.validation.dice_per_class", lambda *_, **__: np.full(3, np.nan))
     config = resolve(cohort, flags={"method": "supervised", "labeled": 2, "store": str(tmp_path / "store")}, sets=tiny)
     assert config.evaluation.selection == "best"
     run = train_config(config, tmp_path / "run", quiet=True)
