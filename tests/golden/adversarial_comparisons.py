@@ -1,4 +1,4 @@
-"""Losses of the methods with judges and signed distances, each by the method's own ``losses`` and ``judgment``."""
+"""Losses of the methods with discriminators and distances, each by its own ``losses`` and ``judgment``."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ class _Both(Rows):
 
 
 def dan(entry: Entry, x: Inputs) -> Ours:
-    """The judge's verdicts given, first in the network's step, then in its own."""
+    """The discriminator's answers given, first in the network's step, then in its own."""
     method = method_of("dan", 4, (16, 16))
     method.network = Rows(x["network"])
-    return _judged(entry, method, x)
+    return _with_answers(entry, method, x)
 
 
 def sassnet(entry: Entry, x: Inputs) -> Ours:
     """With distances of 0 for empty patches (``empty_distance=zero``)."""
     method = method_of("sassnet", 2, (16, 16, 16), empty_distance="zero")
     method.network = _Both(x["logits"], x["distance"])
-    ours = _judged(entry, method, x)
+    ours = _with_answers(entry, method, x)
     return {"dice": ours.pop("supervised"), **ours}
 
 
-def _judged(entry: Entry, method: Any, x: Inputs) -> Ours:
+def _with_answers(entry: Entry, method: Any, x: Inputs) -> Ours:
     method.judge = Answers(x["fooling"], x["judge"])
     progress = Progress(entry["settings"]["iteration"], method.config.published_iterations)
     batch = batch_of(x["labels"], 2, 2)

@@ -94,8 +94,8 @@ def _decoders(method: Any, inputs: list[Tensor]) -> Outputs:
     return dict(zip(("first", "second", "third"), [method.network.decode(features), *further], strict=False))
 
 
-def _judged(judge: Any, inputs: list[Tensor]) -> Outputs:
-    return {"logits": judge(*inputs)}
+def _verdicts(discriminator: Any, inputs: list[Tensor]) -> Outputs:
+    return {"logits": discriminator(*inputs)}
 
 
 _CCT: dict[str, Any] = {"dropped_above": (0.8, 0.8)}
@@ -115,10 +115,14 @@ NETWORKS: dict[str, Network] = {
     "mc_net_plus_2d": Network(_method("mc_net_plus", 4, (32, 48), "unet"), _decoders, "`mc_net_plus` on `unet`"),
     "mc_net_3d": Network(_method("mc_net", 2, (32, 16, 16), "vnet"), _decoders, "`mc_net` on `vnet`"),
     "mc_net_plus_3d": Network(_method("mc_net_plus", 2, (32, 16, 16), "vnet"), _decoders, "`mc_net_plus` on `vnet`"),
-    "discriminator_2d": Network(_part(_method("dan", 4, (224, 224), "unet"), "judge"), _judged, "judge of `dan`"),
-    "discriminator_3d": Network(_part(_method("dan", 2, (96, 96, 96), "unet3d"), "judge"), _judged, "judge of `dan`"),
+    "discriminator_2d": Network(
+        _part(_method("dan", 4, (224, 224), "unet"), "judge"), _verdicts, "discriminator of `dan`"
+    ),
+    "discriminator_3d": Network(
+        _part(_method("dan", 2, (96, 96, 96), "unet3d"), "judge"), _verdicts, "discriminator of `dan`"
+    ),
     "discriminator_sassnet": Network(
-        _part(_method("sassnet", 2, (112, 112, 80), "vnet"), "judge"), _judged, "judge of `sassnet`"
+        _part(_method("sassnet", 2, (112, 112, 80), "vnet"), "judge"), _verdicts, "discriminator of `sassnet`"
     ),
 }
 

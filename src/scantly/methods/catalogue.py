@@ -99,7 +99,7 @@ CATALOGUE = (
         "scantly.methods.dan:AdversarialNetwork",
         "DAN",
         "Zhang et al., MICCAI 2017",
-        "fool a judge that tells labeled from unlabeled images by their segmentations",
+        "fool a discriminator that tells labeled from unlabeled images by their segmentations",
     ),
     Entry(
         "cct",
@@ -127,7 +127,7 @@ CATALOGUE = (
         "scantly.methods.sassnet:ShapeAware",
         "SASSNet",
         "Li et al., MICCAI 2020",
-        "fool a judge that tells labeled from unlabeled images by their predicted distance maps",
+        "fool a discriminator that tells labeled from unlabeled images by their predicted distance maps",
     ),
     Entry(
         "mc_net",

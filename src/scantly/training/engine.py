@@ -279,10 +279,7 @@ class Engine:
         values = dict(zip(names, mean_over_ranks(torch.stack(tensors)).cpu().tolist(), strict=True))
         for name, value in values.items():
             if name.startswith("loss/") and not math.isfinite(value):
-                raise RunError(
-                    f"{name} is {value} at iteration {self.iteration}; lower training.lr, set "
-                    f"training.gradient_clip, or use --precision 32, with another --out.{self._kept()}"
-                )
+                raise self._diverged(f"{name} is {value} at iteration {self.iteration}")
         note = ", ".join(f"{name[5:]} {value:.3g}" for name, value in values.items() if name.startswith("loss/"))
         elapsed = max(time.monotonic() - loop.started, 1e-9)
         wait = loop.waited / elapsed
@@ -346,17 +343,16 @@ class Engine:
         generators = capture_rng(self.method.generator)
         weights = [value for value in self.method.state_dict().values() if value.is_floating_point()]
         if not bool(torch.stack([value.isfinite().all() for value in weights]).all()):
-            raise RunError(
-                f"the weights are not finite after iteration {self.iteration}; lower training.lr, set "
-                f"training.gradient_clip, or use --precision 32, with another --out.{self._kept()}"
-            )
+            raise self._diverged(f"the weights are not finite after iteration {self.iteration}")
         if loop.log is not None:
             loop.log.flush()
             save_checkpoint(self.run.last_checkpoint, {**self._state(loop), "generators": generators})
 
-    def _kept(self) -> str:
-        """Whether there is a checkpoint of before, for the end of a message."""
-        return " The last checkpoint is kept." if self.run.last_checkpoint.is_file() else ""
+    def _diverged(self, what: str) -> RunError:
+        """The error for a training that is no longer finite; it speaks of a checkpoint only where there is one."""
+        kept = " The last checkpoint is kept." if self.run.last_checkpoint.is_file() else ""
+        cure = "lower training.lr, set training.gradient_clip, or use --precision 32, with another --out"
+        return RunError(f"{what}; {cure}.{kept}")
 
     def _state(self, loop: _Loop) -> dict[str, Any]:
         return {
