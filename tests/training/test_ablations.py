@@ -95,7 +95,7 @@ ABLATIONS = [
     ("diffcl", "t_range_unlabeled=[0.25,1] ds_mse=true"),
     ("diffcl", "pseudo_confidence=0.5 ds_optimizer=recipe"),
     ("diffcl", "share_head=false pair_level=anchor"),
-    ("diffcl", "candidate_sampling=stratified proj_stride=2"),
+    ("diffcl", "candidate_sampling=uniform proj_stride=2"),
     ("diffcl", "network_dropout=true"),
     ("diffcl", "infer=ds sampling_steps=2"),
     ("diffcl", "infer=mean sampling_steps=2"),

@@ -42,7 +42,9 @@ class PLGCL(Method):
     pseudo-labels. Where this differs from it, or had to choose:
 
     * Pseudo-labels are the teacher's, in evaluation mode (code: the student's, overwritten before their use).
-    * Patches are selected by entropy (code: not at all). Labeled ones have next to none and come first.
+    * Patches are selected by entropy (code: not at all). Labeled ones have next to none and come first. Of a class's
+      patches cut along pseudo-labels at most half are taken (``guessed_share``): the code's budget of 128 exceeds the
+      supply of small images, and then selects nothing.
     * Consistency targets are probabilities (paper: silent).
     * The contrastive loss is the code's closed form; the paper's expectation over all pairs is ``discrete``.
     * Negative weight 4096 in both stages; the code's call in the joint stage suits an older version, 1.

@@ -127,13 +127,14 @@ class VoxelContrast(nn.Module):
         super().__init__()
         self.config = config
         self.groups = config.groups_per_axis**task.spatial_dims
-        self.ranks = rank_bounds(task.num_classes, config.rank_low, config.rank_high)
+        self.ranks = (0, 0)  # of no use without a bank
         self.banks = nn.ModuleList()
         if config.negatives == "complement":
             return
         sizes = [config.bank_size_background, *[config.bank_size] * (task.num_classes - 1)]
         self.banks.extend(MemoryBank(size, (channels,)) for size in sizes)
         if config.negatives == "rank":
+            self.ranks = rank_bounds(task.num_classes, config.rank_low, config.rank_high)
             _check_ranks(*self.ranks, task.num_classes)
         else:
             self.ranks = released_rank_bounds(config.rank_low, config.rank_high)
